@@ -17,6 +17,7 @@ from tpcheck import Rank, Topology, UsageError
 from tpcheck.backends.dtensor.backend import DTensorBackend, model_tp_plan, restore_tied_embeddings, styles
 from tpcheck.backends.dtensor.candidate import clip_by_mesh, mesh_groups, parameter_layouts
 from tpcheck.backends.interface import TrainingOptions
+from tpcheck.model.candidate import hint_to_shard
 
 TP = Topology(tp=2)
 PLAN = {"layers.*.up": "colwise", "layers.*.down": "rowwise"}
@@ -154,3 +155,8 @@ def test_a_shard_that_several_tp_ranks_hold_has_no_layout() -> None:
     assert set(found) == {"cut", "replicated"}
     assert found["cut"].local_shapes == ((2, 2),) * 4
     assert found["replicated"].is_replicated
+
+
+def test_a_model_of_no_library_is_not_sent_away_from_the_users_own_plan() -> None:
+    assert "Shard it by a function of your own" in hint_to_shard(Model(), "deepspeed", {})
+    assert hint_to_shard(Model(), "dtensor", {"plan": PLAN}) == ""

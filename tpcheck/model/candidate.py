@@ -65,8 +65,7 @@ def shard(
     Raises:
         BackendError: The backend crashed; with its own message, and a hint for a model that no library has rules for.
     """
-    hint = "" if is_of_library(model) or backend.name == CUSTOM else _OWN_MODEL.format(type(model).__name__)
-    with blame_backend(backend, "sharding the model", hint):
+    with blame_backend(backend, "sharding the model", hint_to_shard(model, backend.name, options.config)):
         ties = _ties(model)
         candidate = backend.shard(model, rank, options)
         replace_implementations(candidate.module, options)
@@ -88,6 +87,12 @@ _OWN_MODEL = (
     "{} is no model of transformers, peft or megatron, for which there are rules. Shard it by a function of your own: "
     f"shard(model, rank) beside build and --backend {CUSTOM}, or shard= in Python.\nread on: {Guide.OWN_MODEL.url}"
 )
+
+
+def hint_to_shard(model: nn.Module, backend: str, config: Mapping[str, Any]) -> str:
+    """Return how to shard a model that no library has rules for; nothing where the user gives a function or a plan."""
+    has_rules = is_of_library(model) or backend == CUSTOM or bool(config.get("plan"))
+    return "" if has_rules else _OWN_MODEL.format(type(model).__name__)
 
 
 def is_of_library(model: nn.Module) -> bool:

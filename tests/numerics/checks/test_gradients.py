@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from tests.numerics.evidence import BIAS, DOWN, NORM, UP, cause_of, key, right_evidence, with_step, with_tensor
+from tpcheck.backends.layout import Layout
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.gradients import gradients_match_reference
 from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, Suspect
@@ -232,6 +233,22 @@ def test_behind_a_fault_a_weight_gradient_is_compared_with_the_product_of_its_ow
     (suspect,) = suspects(evidence)
     assert suspect.evidence["note"] == "compared with the gradient recomputed from its input and output gradient"
     assert cause_of(suspect) is Cause.GRADIENT_SCALED
+
+
+@pytest.mark.parametrize(("factor", "is_own"), [(2.0, True), (4.0, True), (5.0, False)])
+def test_behind_a_fault_of_one_rank_a_whole_weight_has_the_mean_or_the_sum_of_the_ranks(
+    factor: float, is_own: bool
+) -> None:
+    whole, names = RIGHT.reference[0], ("block.up output", "block.down input")
+    evidence = replace(RIGHT, layouts={**RIGHT.layouts, UP: Layout.replicated((8, 4), 2)})
+    evidence = replace(evidence, initial_parts=tuple({**parts, UP: RIGHT.initial[UP]} for parts in RIGHT.initial_parts))
+    for each in (key(name, phase) for name in names for phase in ("forward", "backward")):
+        evidence = with_tensor(evidence, "activations", each, lambda tensor, each=each: whole.activations[each])
+    for name in ("block.norm output", "block.up input"):
+        evidence = with_tensor(evidence, "activations", key(name), lambda tensor: 3 * tensor, ranks=[1])
+    evidence = with_tensor(evidence, "gradients", UP, lambda gradient: factor * whole.gradients[UP])
+    notes = [each.evidence.get("note") for each in suspects(evidence)]
+    assert ("compared with the gradient recomputed from its input and output gradient" not in notes) == is_own
 
 
 def test_terms_of_a_replicated_gradient_are_partial() -> None:

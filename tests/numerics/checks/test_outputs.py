@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from math import inf, nan
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+from torch.nn.functional import layer_norm
 
 from tests.numerics.evidence import BIAS, DOWN, UP, cause_of, key, right_evidence, with_step, with_tensor
 from tpcheck.backends.layout import Layout
@@ -78,32 +81,41 @@ def test_an_input_that_is_wrong_though_all_before_agrees_is_laid_to_the_parent()
     assert suspect.evidence["note"] == "the input of block.down is wrong although everything before it agrees"
 
 
-def test_a_fused_output_that_is_read_in_another_order_is_at_fault() -> None:
+def with_fused_blocks(*inputs: Tensor) -> Evidence:
+    """Return a run whose ranks hold the right blocks of `block.up`, and give these inputs to `block.down`."""
     fused = Layout.from_placement((8, 4), Shard(0, blocks=2), 2)
     evidence = replace(with_output(2.0, 2.0), layouts={**RIGHT.layouts, UP: fused})
+    for place, parts in (("block.up output", right_blocks()), ("block.down input", inputs)):
+        for rank, part in enumerate(parts):
+            evidence = with_tensor(evidence, "activations", key(place), lambda tensor, part=part: part, ranks=[rank])
+    return evidence
+
+
+def right_blocks() -> list[Tensor]:
     blocks = RIGHT.reference[0].activations[key("block.up output")].chunk(4, dim=-1)
-    for rank in (0, 1):
-        part = torch.cat([blocks[rank], blocks[2 + rank]], dim=-1)
-        evidence = with_tensor(
-            evidence, "activations", key("block.up output"), lambda tensor, part=part: part, ranks=[rank]
-        )
-        evidence = with_tensor(
-            evidence, "activations", key("block.down input"), lambda tensor, part=part: part, ranks=[rank]
-        )
-    suspect, *_ = outputs_match_reference(evidence, 0).suspects
+    return [torch.cat([blocks[rank], blocks[2 + rank]], dim=-1) for rank in (0, 1)]
+
+
+def test_a_fused_output_that_is_read_in_another_order_is_at_fault() -> None:
+    suspect, *_ = outputs_match_reference(with_fused_blocks(*right_blocks()), 0).suspects
     assert suspect.where["module"] == "block.up"
     assert suspect.fused_blocks is not None
     assert suspect.fused_blocks.number == 2
     assert cause_of(suspect) is Cause.FUSED_BLOCKS_INTERLEAVED
-    for rank in (0, 1):  # right at the first position, in all features
-        first = RIGHT.candidate[0][rank].activations[key("block.down input")][:, :1]
-        evidence = with_tensor(
-            evidence,
-            "activations",
-            key("block.down input"),
-            lambda tensor, first=first: torch.cat([first, tensor[:, 1:]], dim=1),
-            ranks=[rank],
-        )
+
+
+@pytest.mark.parametrize(
+    "wrongly",
+    [
+        pytest.param(lambda right, rank: torch.cat([right[:, :1], right_blocks()[rank][:, 1:]], 1), id="one position"),
+        pytest.param(lambda right, rank: right_blocks()[rank] if rank else right, id="one rank"),
+        pytest.param(lambda right, rank: right / right.norm(dim=-1, keepdim=True), id="a norm over each rank's"),
+        pytest.param(lambda right, rank: layer_norm(right, right.shape[-1:]), id="a LayerNorm over each rank's"),
+    ],
+)
+def test_a_fused_output_that_is_read_in_its_order_is_not_at_fault(wrongly: Callable[[Tensor, int], Tensor]) -> None:
+    right = [RIGHT.candidate[0][rank].activations[key("block.down input")] for rank in (0, 1)]
+    evidence = with_fused_blocks(*(wrongly(part, rank) for rank, part in enumerate(right)))
     suspect, *_ = outputs_match_reference(evidence, 0).suspects
     assert (suspect.where["module"], suspect.fused_blocks) == ("block", None)
 

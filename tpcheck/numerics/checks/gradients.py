@@ -401,7 +401,7 @@ def _input_gradient_suspect(evidence: Evidence, step: int, activation: ComparedA
 
 def _weight_gradient_suspect(evidence: Evidence, step: int, parameter: ComparedParameter) -> Iterator[Suspect]:
     recomputed = recompute_weight_gradient(evidence, step, parameter)
-    if recomputed is None or _is_sum_of_terms(evidence, parameter, recomputed):
+    if recomputed is None or _is_reduced(evidence, parameter, recomputed):
         return
     suspect = compare_with_recomputed(
         evidence,
@@ -466,8 +466,11 @@ def _allowed_of_one_module(forced: Evidence, parameter: ComparedParameter) -> fl
     return allowed / frobenius(expected) * parameter.difference.expected_norm
 
 
-def _is_sum_of_terms(evidence: Evidence, parameter: ComparedParameter, recomputed: Sequence[torch.Tensor]) -> bool:
-    """Return whether ranks have terms of the gradient of a whole weight, and every rank the sum of them."""
+def _is_reduced(evidence: Evidence, parameter: ComparedParameter, recomputed: Sequence[torch.Tensor]) -> bool:
+    """Return whether the ranks' own gradients of a whole weight differ, and every rank has the sum or the mean of them.
+
+    They are terms, or differ because of an earlier mistake: gradients of whole weights may be averaged over all ranks.
+    """
     allowed, first = RECOMPUTED_FACTOR * parameter.difference.allowed, recomputed[0]
     if not evidence.layouts[parameter.name].is_replicated:
         return False
@@ -475,7 +478,10 @@ def _is_sum_of_terms(evidence: Evidence, parameter: ComparedParameter, recompute
         return False
     total = torch.stack(tuple(recomputed)).sum(dim=0)
     allowed *= max(1.0, frobenius(total) / (parameter.difference.expected_norm or 1.0))
-    return all(frobenius_distance(part, total) <= allowed for part in parameter.actual_parts)
+    return any(
+        all(frobenius_distance(part, total / divisor) <= allowed for part in parameter.actual_parts)
+        for divisor in (1, len(recomputed))
+    )
 
 
 def _compare_forced_gradients(forced: Evidence) -> dict[str, ComparedParameter]:

@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tpcheck.core.name_maps import without_numbers
 from tpcheck.core.placement import Shard
@@ -174,7 +175,9 @@ def _is_read_in_order(
 ) -> bool:
     """Return whether something shows that the blocks of a fused output are read in their order.
 
-    Something else that is computed from them agrees, or what is wrong is right at some positions in all features.
+    Something else that is computed from them agrees; or what is wrong is right in all features at some positions, or on
+    some rank, or but for a factor and an addend at each position, as where a norm or a softmax over all features is one
+    over a rank's.
     """
     others = (activations.by_key.get(after) for after in consumers(evidence, step, fused) if after != wrong.key)
     if any(each is not None and each.difference.agrees for each in others):
@@ -183,11 +186,26 @@ def _is_read_in_order(
     if expected.dim() < 2:
         return False
     limit = wrong.difference.allowed / expected.numel() ** 0.5
-    errors = [
-        subtract(part, placed.expected_part(expected, tp_rank)).abs().amax(-1)
-        for tp_rank, part in enumerate(placed.parts)
-    ]
-    return len({each.shape for each in errors}) == 1 and bool((torch.stack(errors).amax(0) <= limit).any())
+    pairs = [(part, placed.expected_part(expected, tp_rank)) for tp_rank, part in enumerate(placed.parts)]
+    errors = [subtract(part, right).abs().amax(-1) for part, right in pairs]
+    if len({each.shape for each in errors}) == 1 and bool((torch.stack(errors).amax(0) <= limit).any()):
+        return True
+    if any(bool((each <= limit).all()) for each in errors):
+        return True
+    return all(part.shape[-1] > _FITTED and _is_affine(part, right, limit) for part, right in pairs)
+
+
+_FITTED = 3
+"""Features that a factor and an addend fit by themselves, and one: what more of them agree is no chance."""
+
+
+def _is_affine(part: Tensor, right: Tensor, limit: float) -> bool:
+    """Return whether each row of `part` is a number times that of `right`, plus a number."""
+    part, right = part.double(), right.double()
+    centred = right - right.mean(-1, keepdim=True)
+    factor = (part * centred).sum(-1, keepdim=True) / (centred**2).sum(-1, keepdim=True).clamp_min(1e-300)
+    rest = (part - part.mean(-1, keepdim=True) - factor * centred).abs()
+    return bool((rest <= limit * factor.abs().clamp_min(1)).all())
 
 
 def _fused_before(events: Sequence[ComparedActivation], root: TensorKey, scope: str) -> ComparedActivation | None:
