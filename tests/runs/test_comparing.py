@@ -931,9 +931,10 @@ def test_a_moment_that_was_zero_before_its_step_is_worked_out_from_the_decay() -
     assert stale_or_lost("exp_avg", sketch(after + 0.1), *sketches[1:], (0.9,)) is None
 
 
-def test_masters_that_are_not_the_weights_are_stale() -> None:
+@pytest.mark.parametrize("by", [1.1, 1 + 3e-7], ids=["far", "by more than rounding"])
+def test_masters_that_are_not_the_weights_are_stale(by: float) -> None:
     def older(place: Place, local: torch.Tensor) -> torch.Tensor:
-        return local + 0.1 if place.kind == "master" and place.step < 0 else local
+        return local * by if place.kind == "master" and place.step < 0 else local
 
     finding = the_finding(compared(run(tp=2, masters=True, edit=older), run(rounding=1.0, masters=True)))
     assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", "masters_stale")

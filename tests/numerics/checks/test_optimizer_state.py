@@ -10,7 +10,7 @@ import torch
 from tests.numerics.evidence import DOWN, NORM, UP, right_evidence, with_tensor
 from tpcheck.core.causes import Cause
 from tpcheck.numerics.checks.optimizer_state import optimizer_state_matches_reference
-from tpcheck.numerics.evidence import Evidence
+from tpcheck.numerics.evidence import Evidence, Step
 from tpcheck.numerics.hypotheses import explain
 
 
@@ -102,3 +102,29 @@ def test_a_master_that_has_no_gradient_may_be_decayed_or_not() -> None:
     gradient = with_moments().reference[0].gradients[NORM]
     (suspect,) = optimizer_state_matches_reference(with_decayed_master(gradient), 0).suspects
     assert suspect.where["parameter"] == NORM
+
+
+def test_a_master_that_no_step_has_reached_is_that_of_before_not_rounded() -> None:
+    """The first masters are weights of a lower dtype: they look rounded, and are stale."""
+    evidence = right_evidence()
+    initial = {**evidence.initial, UP: evidence.initial[UP].bfloat16().double()}
+    parts = evidence.layouts[UP].parts(initial[UP])
+    reference = replace(
+        evidence.reference[0],
+        optimizer_state={("master", UP): initial[UP] * (1 + 1e-3 * torch.rand(initial[UP].shape))},
+    )
+    for stale, cause in ((parts, Cause.STALE_WEIGHT), (rounded_parts(evidence, reference), Cause.DTYPE_ROUNDED)):
+        ranks = tuple(
+            replace(rank, optimizer_state={("master", UP): part})
+            for rank, part in zip(evidence.candidate[0], stale, strict=True)
+        )
+        wrong = replace(evidence, initial=initial, reference=(reference,), candidate=(ranks,))
+        (suspect,) = optimizer_state_matches_reference(wrong, 0).suspects
+        explanation = explain(suspect)
+        assert explanation is not None
+        assert explanation.cause is cause
+
+
+def rounded_parts(evidence: Evidence, reference: Step) -> tuple[torch.Tensor, ...]:
+    master = reference.optimizer_state["master", UP]
+    return tuple(part.bfloat16().double() for part in evidence.layouts[UP].parts(master * 1.01))

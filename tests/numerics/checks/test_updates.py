@@ -494,6 +494,29 @@ def test_a_wrong_step_beside_the_right_norm_says_so() -> None:
     assert cause_of(suspect) is Cause.NORM_LEAVES_OUT_SHARDS
 
 
+@pytest.mark.parametrize(
+    "change",
+    [lambda move: move.flip(0), lambda move: move + 1e-3],
+    ids=["another place", "another term"],
+)
+def test_a_step_that_is_wrong_otherwise_is_not_said_to_be_clipped(
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> None:
+    evidence = RIGHT
+    for name in (NORM, UP, DOWN, BIAS):
+        evidence = with_move(evidence, name, change)
+    suspects = updates_match_reference(evidence, 0).suspects
+    assert suspects
+    assert all("reported" not in suspect.evidence for suspect in suspects)
+
+
+def test_a_step_at_another_learning_rate_is_not_said_to_be_clipped() -> None:
+    evidence = with_move(TWO_STEPS, UP, lambda move: move * 2, step=1)
+    (suspect,) = updates_match_reference(evidence, 1).suspects
+    assert suspect.step.ratios["gradient"] == pytest.approx((2.0, 2.0))
+    assert "reported" not in suspect.evidence
+
+
 def test_a_parameter_that_the_norm_of_a_step_counts_on_one_rank_alone_is_found() -> None:
     squares = gradient_norms(RIGHT, 0).squares
     suspect, *_ = updates_match_reference(clipped_by(RIGHT, (EXPECTED**2 - squares[UP][1]) ** 0.5), 0).suspects

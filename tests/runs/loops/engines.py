@@ -19,10 +19,12 @@ class DeepSpeed(CausalTraining):
 
     Attributes:
         configured: `gradient_accumulation_steps` of the engine; None for what the loop does.
+        scale_power: The first loss scale in float16, as a power of two.
     """
 
     zero = 0
     configured: int | None = None
+    scale_power = 8
 
     def train(self) -> Weights:
         with ExitStack() as self.stack:
@@ -60,7 +62,7 @@ class DeepSpeed(CausalTraining):
         if self.dtype is torch.bfloat16:
             config["bf16"] = {"enabled": True}
         if self.dtype is torch.float16:
-            config["fp16"] = {"enabled": True, "initial_scale_power": 8}
+            config["fp16"] = {"enabled": True, "initial_scale_power": self.scale_power, "hysteresis": 1}
         return config
 
     def make_optimizers(self) -> list[torch.optim.Optimizer]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from tpcheck.numerics.checks.suspects import (
@@ -11,7 +13,7 @@ from tpcheck.numerics.checks.suspects import (
     parameter_suspect,
 )
 from tpcheck.numerics.differences import compare_parameter, rounding_error
-from tpcheck.numerics.evidence import CheckOutcome, Evidence, Kind, Suspect
+from tpcheck.numerics.evidence import CheckOutcome, Evidence, Kind, StepFacts, Suspect
 
 _CHECK = "optimizer_state_matches_reference"
 
@@ -52,4 +54,17 @@ def _suspect(evidence: Evidence, step: int, state: str, compared: ComparedParame
         details["note"] = "the reference's state is not finite"
     where = {"phase": "update", "step": step}
     kind: Kind = "master" if state == "master" else "state"  # a weight that is a multiple is so by chance
-    return parameter_suspect(evidence, compared, check=_CHECK, kind=kind, where=where, details=details)
+    suspect = parameter_suspect(evidence, compared, check=_CHECK, kind=kind, where=where, details=details)
+    return (
+        replace(suspect, step=StepFacts(before=_masters_before(evidence, step, compared)))
+        if state == "master"
+        else suspect
+    )
+
+
+def _masters_before(evidence: Evidence, step: int, compared: ComparedParameter) -> tuple[torch.Tensor, ...]:
+    """Return each rank's part of the expected master before `step`, which starts as the weight."""
+    name, layout = compared.name, evidence.layouts[compared.name]
+    earlier = (reference.optimizer_state.get(("master", name)) for reference in reversed(evidence.reference[:step]))
+    before = next((master for master in earlier if master is not None), evidence.initial[name])
+    return tuple(part.to(compared.expected.dtype) for part in layout.parts(before))

@@ -359,7 +359,7 @@ def _weight_suspects(
         is_clipped = (implied or is_unknown) and _has_right_gradient(evidence, step, name)
         of_parameter = replace(norms, implied=implied) if norms is not None and is_clipped else None
         if of_parameter is not None and not suspects:
-            details |= _step_evidence(of_parameter)
+            details |= _step_evidence(of_parameter, shares.get(name, {}))
         if name in evidence.frozen:
             details["note"] = "it is frozen: no step may change it"
         elif torch.equal(parameter.expected, evidence.weights_before(step)[name]):
@@ -455,11 +455,22 @@ def _step_facts(evidence: Evidence, step: int, name: str, ratios: Mapping[str, t
     return replace(facts, momentum_parts=layout.parts(terms[-1]), momentum_share=shares[-1])
 
 
-def _step_evidence(facts: NormFacts) -> dict[str, Any]:
-    """Return what the norm of a step could be, where several mistakes give it, and whether the report is right."""
+def _step_evidence(facts: NormFacts, shares: Mapping[str, tuple[float, ...]]) -> dict[str, Any]:
+    """Return what the norm of a step could be, where several mistakes give it, and whether the report is right.
+
+    Args:
+        shares: The share of each term in every rank's step on the parameter over the expected share: clipping changes
+            that of the gradient alone.
+    """
     could_be = explain_norm(facts.of_implied, facts.norms).could_be
     is_reported = facts.reported and all(abs(norm - facts.expected) <= facts.noise * norm for norm in facts.reported)
+    of_others = [share for term, of_ranks in shares.items() if term != TERMS[0] for share in of_ranks]
+    is_another = facts.of_implied.is_wrong and all(abs(share - 1) <= RESIDUAL_EXACT for share in of_others)
     return {
         **({"norm_could_be": list(could_be)} if could_be else {}),
-        **({"reported": "the right norm: only the step is clipped by another one"} if is_reported else {}),
+        **(
+            {"reported": "the right norm: only the step is clipped by another one"}
+            if is_reported and is_another
+            else {}
+        ),
     }

@@ -116,7 +116,12 @@ TESTS: Mapping[Kind, tuple[Test, ...]] = {
         optimizer.replicas_drift_in_step,
     ),
     "state": (optimizer.state_of_another_rank, values.all_zero, gradients.multiple, values.dtype_rounded),
-    "master": (optimizer.state_of_another_rank, values.all_zero, values.dtype_rounded),
+    "master": (
+        optimizer.state_of_another_rank,
+        values.all_zero,
+        first_confirmed(optimizer.state_of_an_earlier_step),
+        values.dtype_rounded,
+    ),
     "replica": (reductions.terms_of_replicas, optimizer.replicas_drift),
     "logged": (accumulation.loss_of_one_replica,),
 }

@@ -136,6 +136,12 @@ def step_hypotheses(suspect: Suspect) -> Iterator[Hypothesis]:
         yield Hypothesis(cause, predicted, {"momentum_of_tp_rank": sources, "note": note})
 
 
+def state_of_an_earlier_step(suspect: Suspect) -> Iterator[Hypothesis]:
+    """Yield what the expected state was before this step."""
+    if suspect.step.before:
+        yield Hypothesis(Cause.STALE_WEIGHT, suspect.step.before)
+
+
 def state_of_another_rank(suspect: Suspect) -> Explanation | None:
     """Every wrong rank holds, of a parameter that is sharded, the state of another rank's shard."""
     if suspect.is_replicated or not same_shapes(suspect.actual_parts, suspect.expected_parts):

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.sketch import Sketch, distance
-from tpcheck.numerics.tolerance import LEAST_MULTIPLES, RESIDUAL_EXACT, SAFETY_FACTOR
+from tpcheck.numerics.tolerance import LEAST_MULTIPLES, RESIDUAL_EXACT
 from tpcheck.runs.comparing.alignment import AlignedStep, Run
 from tpcheck.runs.comparing.comparisons import Comparer, Table
 from tpcheck.runs.comparing.exact_checks import BeforeAndAfter, options_of
@@ -24,7 +24,7 @@ def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
     if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
         return None
     eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
-    difference = is_rounded_from(whole_master, whole_weight, SAFETY_FACTOR * eps)
+    difference = is_rounded_from(whole_master, whole_weight, eps)  # twice what rounding does at most
     if difference is None:
         return None
     return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})

@@ -275,7 +275,7 @@ class Recorder(AbstractContextManager["Recorder"]):
         """Return whether gradients of earlier calls were dropped without an optimizer step: a skipped step."""
         if not any(each.has_backward for each in self._passes) or self._has_stepped:
             return False
-        return self._view.is_discarded()
+        return self._view.num_skipped() > self._num_skipped or self._view.is_discarded()
 
     def _record_accumulated(self) -> None:
         number = len(self._passes)
