@@ -34,8 +34,8 @@ from tpcheck.report.json_values import verdict_json
 from tpcheck.report.report import Report
 from tpcheck.runs.comparing.alignment import Run
 from tpcheck.runs.comparing.compare import compare_runs
-from tpcheck.runs.comparing.state_causes import stale_or_lost
-from tpcheck.runs.trace.records import RankTrace, StepRecord, TensorRecord
+from tpcheck.runs.comparing.state_causes import stale_masters, stale_or_lost
+from tpcheck.runs.trace.records import RankTrace, Reading, StepRecord, TensorRecord
 
 NORM, UP, DOWN = "layers.0.norm.weight", "layers.0.up.weight", "layers.0.down.weight"
 Traces = tuple[RankTrace, ...]
@@ -938,6 +938,26 @@ def test_masters_that_are_not_the_weights_are_stale(by: float) -> None:
 
     finding = the_finding(compared(run(tp=2, masters=True, edit=older), run(rounding=1.0, masters=True)))
     assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", "masters_stale")
+
+
+@pytest.mark.parametrize(("dtype", "size"), [("bfloat16", 1.0), ("float16", 1.0), ("float16", 1e-6)])
+def test_weights_that_are_their_masters_rounded_are_not_stale(dtype: str, size: float) -> None:
+    """Also where float16 has no smaller numbers than about their size."""
+    generator = torch.Generator().manual_seed(0)
+    master = size * torch.randn(64, 64, generator=generator)
+    weight = master.to(getattr(torch, dtype))
+
+    def record(kind: str, values: torch.Tensor) -> dict[int, TensorRecord]:
+        reading = Reading("layout", (64, 64), "all", sketch(values))
+        name = str(values.dtype).removeprefix("torch.")
+        return {0: TensorRecord(kind, "up", "", 0, name, (64, 64), "", (reading,))}
+
+    def found(values: torch.Tensor) -> object:
+        table = {("weight", "up", "", 0): record("weight", weight), ("master", "up", "", 0): record("master", values)}
+        return stale_masters(table, "up", "layout")
+
+    assert found(master) is None
+    assert found(1.1 * master) is not None or size < 1
 
 
 # ---- what cannot be compared

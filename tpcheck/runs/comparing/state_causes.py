@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from math import hypot, sqrt
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.sketch import Sketch, distance
@@ -11,7 +12,7 @@ from tpcheck.runs.comparing.alignment import AlignedStep, Run
 from tpcheck.runs.comparing.comparisons import Comparer, Table
 from tpcheck.runs.comparing.exact_checks import BeforeAndAfter, options_of
 from tpcheck.runs.comparing.sketch_causes import is_rounded_from
-from tpcheck.runs.trace.wholes import epsilon, reading_of, sketch_of_whole
+from tpcheck.runs.trace.wholes import epsilon, least_spacing, reading_of, sketch_of_whole
 
 
 def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
@@ -23,8 +24,10 @@ def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
         return None
     if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
         return None
-    eps = max(epsilon(next(iter(weights.values())).dtype), epsilon("float32"))
-    difference = is_rounded_from(whole_master, whole_weight, eps)  # twice what rounding does at most
+    dtype = next(iter(weights.values())).dtype
+    eps = max(epsilon(dtype), epsilon("float32"))  # twice what rounding does at most
+    of_tiny = least_spacing(dtype) * sqrt(whole_weight.numel / whole_master.sum_squares)
+    difference = is_rounded_from(whole_master, whole_weight, hypot(eps, of_tiny))
     if difference is None:
         return None
     return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})

@@ -345,3 +345,11 @@ def epsilon(dtype: str) -> float:
     """Return the machine epsilon of a dtype's name; 0 for integers."""
     kind = getattr(torch, dtype, None)
     return float(torch.finfo(kind).eps) if isinstance(kind, torch.dtype) and kind.is_floating_point else 0.0
+
+
+def least_spacing(dtype: str) -> float:
+    """Return the spacing of the smallest numbers of a dtype's name; 0 for integers."""
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        return 0.0
+    return float(torch.finfo(kind).smallest_normal * torch.finfo(kind).eps)
