@@ -61,7 +61,7 @@ def test_a_wrong_family_fails_with_a_command_that_reproduces_it(
     assert document(tmp_path / "again.json", "report")["findings"][0] == first
 
 
-@pytest.mark.parametrize("reached", ["tpcheck-*", "tpcheck-resume-*"])
+@pytest.mark.parametrize("reached", ["tpcheck-*", pytest.param("tpcheck-resume-*", marks=pytest.mark.slow)])
 def test_a_command_that_is_terminated_leaves_nothing(reached: str) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:  # paths of sockets must be short
         command = "-m tpcheck verify llama --tp 2 --checks resume_matches_uninterrupted".split()
