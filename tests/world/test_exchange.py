@@ -114,6 +114,33 @@ def test_a_rank_that_does_not_respond_is_named_on_all_others(four: World, over: 
         assert seconds < 10
 
 
+@pytest.mark.parametrize("over", ["unix", "gloo", ""])
+def test_a_rank_that_comes_late_is_not_taken_for_one_that_never_comes(over: str, tmp_path: Path) -> None:
+    """Over sockets, over gloo, and while it is connected: it waits longer than the first that gives up."""
+
+    def communicate(rank: Rank) -> str:
+        from unittest.mock import patch
+
+        from tpcheck.world import exchange
+
+        made = create_exchange(rank, over=over, timeout=2.0) if over else None
+        if rank.rank == 2:
+            while len(list(tmp_path.iterdir())) < 2:  # with its connections open
+                time.sleep(0.05)
+            return ""
+        time.sleep(0.8 if rank.rank == 1 else 0)
+        with patch.object(exchange, "_ROLL_CALL_S", 0.3), pytest.raises(RankFailure) as caught:
+            (made or create_exchange(rank, timeout=2.0)).all_gather(b"x")
+        (tmp_path / str(rank.rank)).touch()
+        return str(caught.value)
+
+    with spawn(Topology(tp=3), timeout=60) as world:
+        first, late, _ = world.run(communicate)
+    named = "rank 2 (node-1)" if over == "gloo" else "rank 2"
+    assert first.startswith(f"{named} of TP group (0, 1, 2) did not respond within 2 s"), first
+    assert late.startswith(f"{named} of TP group (0, 1, 2) "), late
+
+
 def test_a_rank_that_never_comes_is_named_once_the_others_have_waited() -> None:
     def connect_without_rank_2(rank: Rank) -> str:
         if rank.rank == 2:

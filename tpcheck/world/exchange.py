@@ -16,6 +16,7 @@ from datetime import timedelta
 from functools import partial
 from ipaddress import ip_address
 from itertools import count
+from math import inf
 from pathlib import Path
 from select import POLLIN, poll
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar, cast
@@ -49,6 +50,14 @@ class PeerLost(Exception):
     def __init__(self, rank: int) -> None:
         super().__init__(f"rank {rank} has closed the connection")
         self.rank = rank
+
+
+class PeersSilent(Exception):
+    """The messages of these ranks have not arrived in time."""
+
+    def __init__(self, ranks: tuple[int, ...]) -> None:
+        super().__init__("timed out")
+        self.ranks = ranks
 
 
 class PeerAborted(Exception):
@@ -120,14 +129,27 @@ class PeerSockets:
         """Make the next `receive` or `raise_if_aborted` of every peer raise PeerAborted."""
         self._send(_ABORT + len(reason).to_bytes(8, "little") + reason)
 
-    def receive(self, size: int, on_poll: Callable[[], None]) -> dict[int, bytes]:
+    def receive(self, size: int, on_poll: Callable[[], None], *, timeout: float = inf) -> dict[int, bytes]:
         """Return a message of `size` bytes from each peer; call `on_poll` every 0.3 s meanwhile.
 
         Raises:
             PeerLost: A peer has closed its connection.
             PeerAborted: A peer has aborted.
+            PeersSilent: Messages have not arrived within `timeout` seconds.
         """
-        return {rank: _receive_message(rank, sock, size, on_poll) for rank, sock in self._sockets.items()}
+        received: dict[int, bytes] = {}
+        deadline = time.monotonic() + timeout
+
+        def look() -> None:
+            on_poll()
+            if time.monotonic() > deadline:
+                awaited = {rank: sock for rank, sock in self._sockets.items() if rank not in received}
+                silent = tuple(rank for rank, sock in awaited.items() if not _has_data(sock))
+                raise PeersSilent(silent or tuple(awaited))
+
+        for rank, sock in self._sockets.items():
+            received[rank] = _receive_message(rank, sock, size, look)
+        return received
 
     def raise_if_aborted(self) -> None:
         """Raise PeerAborted if the next message of a peer is an abort; do not wait."""
@@ -312,6 +334,13 @@ def _is_closed(sock: socket.socket) -> bool:
         return True
 
 
+def _has_data(sock: socket.socket) -> bool:
+    try:
+        return sock.recv(1, socket.MSG_PEEK) != b""
+    except OSError:
+        return False
+
+
 def _is_suspended(sock: socket.socket) -> bool:
     if sock.family != socket.AF_UNIX:
         return False  # the peer may be on another machine
@@ -370,6 +399,7 @@ class Exchange:
         self.also_aborted_by: tuple[Exchange, ...] = ()
         self.purpose = purpose
         self._timeout = timeout
+        self._num_over_gloo = 0
         self._pending: Callable[[], tuple[bytes, ...]] | None = None
         self._peer_sockets: PeerSockets | None = None
         self._group: Any = None
@@ -380,6 +410,7 @@ class Exchange:
         default_store = _get_default_store()
         store = PrefixStore(f"tpcheck/exchange/{axis}/{self.ranks}/{number}", default_store)
         self._store, self._store_host = BoundedStore(store), _host_of(default_store)
+        self._arrive()
         try:
             self._group = dist.ProcessGroupGloo(
                 PrefixStore("gloo", store), self.ranks.index(self._rank), len(self.ranks),
@@ -435,6 +466,7 @@ class Exchange:
 
             options = BroadcastOptions()
             options.rootRank = self.ranks.index(source)
+            self._num_over_gloo += 1
             self._wait_for_gloo(self._group.broadcast([data], options))
 
     def abort(self, failure: RankFailure) -> None:
@@ -498,17 +530,13 @@ class Exchange:
         return wait
 
     def _receive(self, peer_sockets: PeerSockets, message: bytes) -> tuple[bytes, ...]:
-        deadline = time.monotonic() + self._timeout
-
-        def on_poll() -> None:
-            self._raise_if_any_aborted()
-            if time.monotonic() > deadline:
-                self._fail(RuntimeError("timed out"))
-
         try:
-            by_peer = peer_sockets.receive(len(message), on_poll)
+            by_peer = peer_sockets.receive(len(message), self._raise_if_any_aborted, timeout=self._timeout)
         except PeerLost as error:
-            self._fail(error, lost=error.rank)
+            self._fail(error, missing=(error.rank,))
+        except PeersSilent as error:
+            suspended = set(error.ranks) & set(self.suspended_ranks())  # which others may be waiting for elsewhere
+            self._fail(error, missing=tuple(suspended) or error.ranks)
         except PeerAborted as abort:
             self._raise_abort(abort)
         return tuple([by_peer.get(rank, message) for rank in self.ranks])
@@ -517,6 +545,7 @@ class Exchange:
         import torch
 
         parts = [torch.empty_like(data) for _ in self.ranks]
+        self._num_over_gloo += 1
         try:
             return self._group.allgather([parts], [data]), parts
         except RuntimeError as error:
@@ -525,11 +554,15 @@ class Exchange:
     def _wait_for_gloo(self, work: Any) -> None:
         """Wait for the work, and look every 0.3 s whether another rank has aborted."""
         deadline = time.monotonic() + self._timeout
+        has_arrived = False
         while (error := _gloo_error(work)) is not None:
             if work.is_completed() and (error := _gloo_error(work)) is None:
                 return  # it was done just after the last look
             if work.is_completed() or time.monotonic() > deadline:
                 self._fail(error)
+            if not has_arrived:
+                self._arrive()
+                has_arrived = True
             self._raise_if_any_aborted()
 
     def _raise_if_any_aborted(self) -> None:
@@ -541,20 +574,22 @@ class Exchange:
         message, first, outcomes = loads(abort.reason)
         raise RankFailure(message, first=first, outcomes=outcomes) from None
 
-    def _fail(self, error: Exception, *, lost: int | None = None) -> NoReturn:
-        """Raise the failure of another rank that has aborted, else one that names the ranks which do not answer."""
+    def _fail(self, error: Exception, *, missing: Sequence[int] = ()) -> NoReturn:
+        """Raise the failure of another rank that has aborted, else one that names the ranks which do not answer.
+
+        Args:
+            missing: These ranks, where they are known; else the store is asked.
+        """
         self.broken = True
         timed_out = any(words in str(error).lower() for words in ("timed out", "timeout"))  # gloo's, the store's
         with suppress(RuntimeError):
             self._store.set(f"here/{self._rank}", _TIMED_OUT if timed_out else _CLOSED)
         self._raise_if_any_aborted()
-        if lost is None:
+        if not missing:
             missing, other_timed_out = self._roll_call()
             if not missing and len(self.ranks) == 2:
                 missing = [rank for rank in self.ranks if rank != self._rank]
             timed_out = timed_out or other_timed_out  # to the other ranks, the first that times out closes a connection
-        else:
-            missing = [lost]
         who = self.named(missing) if missing else "a rank"
         what = f"did not respond within {self._timeout:g} s" if timed_out else "closed its connection"
         failure = RankFailure(
@@ -565,9 +600,15 @@ class Exchange:
         self.abort(failure)
         raise failure from error
 
+    def _arrive(self) -> None:
+        """Say in the store that this rank waits for the others, in which of the messages over gloo."""
+        with suppress(RuntimeError):
+            self._store.set(f"waits/{self._rank}", str(self._num_over_gloo))
+
     def _roll_call(self) -> tuple[list[int], bool]:
         """Return the ranks that do not answer in the store, and whether one that answers has timed out.
 
+        Of these, where one has timed out, those that do not wait: who has come later waits longer, and answers later.
         If the store does not answer either, return the rank that hosts it, or no rank where that is not known.
         """
         missing, timed_out = list(self.ranks), False
@@ -578,8 +619,13 @@ class Exchange:
                 timed_out = timed_out or any(self._store.get(f"here/{rank}").decode() == _TIMED_OUT for rank in present)
                 missing = [rank for rank in missing if rank not in present]
                 time.sleep(0.02)
-            return missing, timed_out
+            absent = [rank for rank in missing if not self._waits(rank)]
+            return (absent if timed_out and absent else missing), timed_out
         return [rank for rank in self.ranks if rank == self._store_host != self._rank], timed_out
+
+    def _waits(self, rank: int) -> bool:
+        key = f"waits/{rank}"
+        return self._store.check([key]) and self._store.get(key).decode() == str(self._num_over_gloo)
 
 
 class BoundedStore:
