@@ -940,6 +940,21 @@ def test_masters_that_are_not_the_weights_are_stale(by: float) -> None:
     assert (finding.check, finding.cause) == ("optimizer_state_matches_reference", "masters_stale")
 
 
+def test_masters_that_a_step_leaves_apart_from_the_weights_are_stale_in_that_step() -> None:
+    def older(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return local * 1.1 if (place.kind, place.step, place.name) == ("master", 0, UP) else local
+
+    expected = run(rounding=1.0, masters=True)
+    clean = compared(run(tp=2, masters=True), expected)
+    assert clean.passed, clean.to_text()
+    without = run(rounding=1.0)
+    for reference in (expected, without):
+        finding = the_finding(compared(run(tp=2, masters=True, edit=older), reference))
+        assert finding.check == "optimizer_state_matches_reference"
+        assert (finding.where["parameter"], finding.where["step"]) == (UP, 0)
+    assert finding.cause == "masters_stale"
+
+
 # ---- what cannot be compared
 
 

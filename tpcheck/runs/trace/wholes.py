@@ -345,3 +345,11 @@ def epsilon(dtype: str) -> float:
     """Return the machine epsilon of a dtype's name; 0 for integers."""
     kind = getattr(torch, dtype, None)
     return float(torch.finfo(kind).eps) if isinstance(kind, torch.dtype) and kind.is_floating_point else 0.0
+
+
+def spacing_of_subnormals(dtype: str) -> float:
+    """Return by what a dtype's numbers around zero differ: 6e-8 in float16; 0 for integers."""
+    kind = getattr(torch, dtype, None)
+    if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
+        return 0.0
+    return float(torch.finfo(kind).smallest_normal * torch.finfo(kind).eps)
