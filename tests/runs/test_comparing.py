@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
-from math import hypot, sqrt
+from math import hypot, inf, sqrt
 from typing import Any
 
 import pytest
@@ -958,6 +958,29 @@ def test_weights_that_are_their_masters_rounded_are_not_stale(dtype: str, size: 
 
     assert found(master) is None
     assert found(1.1 * master) is not None or size < 1
+
+
+def test_masters_that_a_step_leaves_apart_from_the_weights_are_stale_in_that_step() -> None:
+    def older(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return local * 1.1 if (place.kind, place.step, place.name) == ("master", 0, UP) else local
+
+    expected = run(rounding=1.0, masters=True)
+    clean = compared(run(tp=2, masters=True), expected)
+    assert clean.passed, clean.to_text()
+    without = run(rounding=1.0)
+    for reference in (expected, without):
+        finding = the_finding(compared(run(tp=2, masters=True, edit=older), reference))
+        assert finding.check == "optimizer_state_matches_reference"
+        assert (finding.where["parameter"], finding.where["step"]) == (UP, 0)
+    assert finding.cause == "masters_stale"
+
+
+def test_a_gradient_that_is_infinite_in_the_expected_run_alone_is_said_to_be() -> None:
+    def overflowing(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return local * inf if (place.kind, place.step, place.name) == ("gradient", 0, UP) else local
+
+    finding = the_finding(compared(run(tp=2), run(rounding=1.0, edit=overflowing)))
+    assert "elements of the expected run's are not finite; 0 of the actual run's" in finding.evidence["note"]
 
 
 # ---- what cannot be compared

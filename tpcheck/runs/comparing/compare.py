@@ -62,7 +62,7 @@ from tpcheck.runs.comparing.stages import has_stages, joined_verdict, stage_pair
 from tpcheck.runs.comparing.state_causes import repeated_state, stale_masters
 from tpcheck.runs.comparing.step_checks import doubtful_losses, gradients_match, outputs_match, replicas_added_up
 from tpcheck.runs.comparing.step_context import StepContext
-from tpcheck.runs.comparing.update_checks import states_match, updates_match
+from tpcheck.runs.comparing.update_checks import states_match, updates_match, weights_are_masters
 from tpcheck.runs.trace.records import RankTrace, StepRecord
 from tpcheck.runs.trace.wholes import epsilon
 
@@ -437,6 +437,8 @@ class _RunsComparison:
             context = replace(context, scale=self.scale, is_update_judged=False)
         yield norm_matches(context, gradients)
         of_step = [updates_match(context, gradients), states_match(context, gradients)]
+        if not any(answer.findings for answer in of_step):
+            of_step.append(weights_are_masters(context))
         yield from of_step
         everything = bool(outputs.findings) or any("module" in finding.where for finding in gradients.findings)
         wrong = None if everything else names_in(answer.findings for answer in (gradients, *of_step))

@@ -697,12 +697,6 @@ def sees_one_shard(optimizer: str, actual: Whole) -> Explanation | None:
     return Explanation(Cause.OPTIMIZER_SEES_ONE_SHARD, evidence={"optimizer": optimizer})
 
 
-def is_rounded_from(master: Sketch, weight: Sketch, tolerance: float) -> float | None:
-    """Return the relative distance of weights from their masters where it is more than `tolerance`; else None."""
-    difference = relative(distance(master, weight), sqrt(master.sum_squares))
-    return difference if difference > tolerance else None
-
-
 _OVER_RANKS: tuple[Test, ...] = (reduced_too_often, averaged_over_tp)
 
 TESTS: Mapping[str, tuple[Test, ...]] = {

@@ -3,20 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import hypot, sqrt
+from math import sqrt
 
 from tpcheck.core.causes import Cause, Explanation
 from tpcheck.numerics.sketch import Sketch, distance
 from tpcheck.numerics.tolerance import LEAST_MULTIPLES, RESIDUAL_EXACT
 from tpcheck.runs.comparing.alignment import AlignedStep, Run
-from tpcheck.runs.comparing.comparisons import Comparer, Table
+from tpcheck.runs.comparing.comparisons import Comparer, Table, relative
 from tpcheck.runs.comparing.exact_checks import BeforeAndAfter, options_of
-from tpcheck.runs.comparing.sketch_causes import is_rounded_from
-from tpcheck.runs.trace.wholes import epsilon, least_spacing, reading_of, sketch_of_whole
+from tpcheck.runs.trace.wholes import epsilon, reading_of, sketch_of_whole, spacing_of_subnormals
 
 
 def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
     """Return the cause where a parameter's weights, read as `label`, are not its masters, rounded."""
+    found = distance_from_masters(table, name, label)
+    if found is None or not found[0] > found[1]:
+        return None
+    return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": found[0]})
+
+
+def distance_from_masters(table: Table, name: str, label: str) -> tuple[float, float] | None:
+    """Return how far a parameter's weights are from its masters, and how far rounding, nearest or not, may take them.
+
+    Both relative to the masters' norm; None where not both are whole.
+    """
     masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
     weights = table.get(("weight", name, "", 0), {})
     whole_master, whole_weight = sketch_of_whole(masters, label), sketch_of_whole(weights, label)
@@ -25,12 +35,10 @@ def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
     if whole_master.numel != whole_weight.numel or not whole_master.sum_squares:
         return None
     dtype = next(iter(weights.values())).dtype
-    eps = max(epsilon(dtype), epsilon("float32"))  # twice what rounding does at most
-    of_tiny = least_spacing(dtype) * sqrt(whole_weight.numel / whole_master.sum_squares)
-    difference = is_rounded_from(whole_master, whole_weight, hypot(eps, of_tiny))
-    if difference is None:
-        return None
-    return Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": difference})
+    norm = sqrt(whole_master.sum_squares)
+    of_tiny = spacing_of_subnormals(dtype) * sqrt(whole_master.numel) / norm
+    allowed = max(epsilon(dtype), epsilon("float32")) + of_tiny
+    return relative(distance(whole_master, whole_weight), norm), allowed
 
 
 def replaced_state(comparer: Comparer, step: AlignedStep, around: BeforeAndAfter, name: str) -> Explanation | None:

@@ -148,6 +148,8 @@ class StepContext:
         """Return what to record where nothing showed a cause; or that whole tensors did not, either."""
         if (modes := self._modes()) is not None:
             return modes
+        if (overflow := self._overflow_of_expected(comparison)) is not None:
+            return overflow
         if self.has_slices:
             return "sketches show no known cause; whole tensors are not tested for runs with slices of sequences (cp)"
         name = comparison.name if comparison.kind in ACTIVATIONS else comparison.name.rpartition(".")[0]
@@ -169,6 +171,15 @@ class StepContext:
             return None
         names = ["training" if True in modes else "evaluation" for modes in (actual, expected)]
         return f"the actual run's model is in {names[0]} mode in this step, the expected run's in {names[1]} mode"
+
+    def _overflow_of_expected(self, comparison: Comparison) -> str | None:
+        """Return that the expected run's tensor alone is not finite, and whether that run stepped all the same."""
+        number = comparison.expected.sketch.nonfinite
+        of_actual = max(variant.sketch.nonfinite for variant in comparison.actual.variants)
+        if number <= of_actual:
+            return None
+        took = "" if any(step.has_update for step in self.step.expected.values()) else ", and it skipped the step"
+        return f"{number} elements of the expected run's are not finite{took}; {of_actual} of the actual run's"
 
     def _ones(self, comparison: Comparison) -> Sketch | None:
         """Return a column of ones with the rows of an output; None where its rows are not those of all samples."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
+from math import isfinite
 from typing import Any
 
 from tpcheck.core.causes import Cause, Explanation
@@ -19,9 +20,9 @@ from tpcheck.runs.comparing.exact_checks import (
     weights_moved,
 )
 from tpcheck.runs.comparing.full_tensors import explain_in_full
-from tpcheck.runs.comparing.run_findings import STATES, UPDATES, Answer, finding_at, joined
+from tpcheck.runs.comparing.run_findings import STATES, UPDATES, Answer, exact_finding, finding_at, joined
 from tpcheck.runs.comparing.sketch_causes import explain, sees_one_shard, share_of
-from tpcheck.runs.comparing.state_causes import replaced_state, stale_masters
+from tpcheck.runs.comparing.state_causes import distance_from_masters, replaced_state, stale_masters
 from tpcheck.runs.comparing.step_context import StepContext, judge
 from tpcheck.runs.trace.wholes import sketch_of_whole
 
@@ -176,3 +177,35 @@ def states_match(context: StepContext, gradients: Answer) -> Answer:
             explanation = next((found for test in tests if (found := test()) is not None), None)
         findings.append(finding_at(STATES, number, each, explanation, context.measured))
     return Answer.of(STATES, number, comparisons, joined(findings), not_compared, judged.rerouted)
+
+
+def weights_are_masters(context: StepContext) -> Answer:
+    """Compare the actual run's weights with its own masters after the step: a weight is its master, rounded.
+
+    What changes masters behind a step shows in the weights only after the next one. What the expected run does, too, is
+    not asked for.
+    """
+    around, readings = context.around, context.comparer.readings
+    margins: dict[str, float] = {}
+    stale: dict[str, float] = {}
+    for name in dict.fromkeys(key[1] for key in around.actual_after if key[0] == "master"):
+        label, label_e = readings.get(name, ("", ""))
+        found = distance_from_masters(around.actual_after, name, label)
+        if found is None or not isfinite(found[0]):
+            continue
+        gap, allowed = found
+        if gap > allowed and stale_masters(around.expected_after, name, label_e) is not None:
+            continue
+        margins[f"{name} and its master"] = gap / allowed
+        if gap > allowed:
+            stale[name] = gap
+    if not stale:
+        return Answer(STATES, context.number, margins)
+    first, *others = stale
+    where = {"phase": "update", "step": context.number, "parameter": first, "ranks": list(context.run.members)}
+    explanation = Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": stale[first]})
+    evidence = {"also": others, "first_of": len(stale)}
+    counted = ("parameter", "is not its master, rounded", "are not their masters, rounded")
+    return Answer(
+        STATES, context.number, margins, (exact_finding(STATES, where, len(stale), counted, explanation, evidence),)
+    )

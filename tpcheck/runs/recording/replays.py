@@ -551,6 +551,7 @@ class Replays:
         parts = [*self._view.gradients(optimizer)]
         masters = {part.name for part in self._view.states() if part.kind == "master"}
         weights = {part.name: part for part in self._view.weights()}
+        low_precision = {name for name, weight in weights.items() if weight.values.dtype.itemsize < 4}
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 if parameter.grad is None:
@@ -560,7 +561,15 @@ class Replays:
                     continue
                 try:
                     moves = moves_of_update(
-                        optimizer, group, parameter, inside, self.deviations, self.drift, self._factor_rounding, step
+                        optimizer,
+                        group,
+                        parameter,
+                        inside,
+                        self.deviations,
+                        self.drift,
+                        self._factor_rounding,
+                        low_precision,
+                        step,
                     )
                 except Exception as error:  # optimizers of third parties may need more than a parameter and its state
                     reason = str(error).partition("\n")[0] or type(error).__name__
@@ -569,16 +578,14 @@ class Replays:
                 self._add_moves(moves, weights, masters)
 
     def _add_moves(self, moves: Mapping[Key, float], weights: Mapping[str, Part], masters: Collection[str]) -> None:
-        for (kind, name, state, call), move in moves.items():
+        for key, move in moves.items():
+            kind, name, *_ = key
             if kind == "state":
-                self.drift[(kind, name, state, call)] = (move,)
-                continue
-            keys: tuple[Key, ...] = (("weight", name, "", 0), ("master", name, "", 0))
-            for key in keys if name in masters else keys[:1]:
-                total = self.drift.get(key, (0.0,))[0] + move
-                self.drift[key] = (total,)
+                self.drift[key] = (move,)
+            elif kind == "weight" or name in masters:
+                self.drift[key] = (self.drift.get(key, (0.0,))[0] + move,)
                 self._last_moves[key] = move
-            weight = weights.get(name)
+            weight = weights.get(name) if kind == "weight" else None
             if weight is not None and weight.values.dtype.itemsize < 4:
                 self._round_weight(weight)
 

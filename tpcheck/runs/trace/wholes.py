@@ -347,8 +347,8 @@ def epsilon(dtype: str) -> float:
     return float(torch.finfo(kind).eps) if isinstance(kind, torch.dtype) and kind.is_floating_point else 0.0
 
 
-def least_spacing(dtype: str) -> float:
-    """Return the spacing of the smallest numbers of a dtype's name; 0 for integers."""
+def spacing_of_subnormals(dtype: str) -> float:
+    """Return by what a dtype's numbers around zero differ: 6e-8 in float16; 0 for integers."""
     kind = getattr(torch, dtype, None)
     if not isinstance(kind, torch.dtype) or not kind.is_floating_point:
         return 0.0
