@@ -18,7 +18,7 @@ from tpcheck.numerics.checks.activations import (
     ComparedActivation,
     ComparedActivations,
     compare_activations,
-    first_divergences,
+    first_wrong_activations,
     scope_of,
 )
 from tpcheck.numerics.checks.recompute import (
@@ -74,9 +74,8 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
 
 
 def _suspects(evidence: Evidence, step: int, activations: ComparedActivations) -> list[Suspect]:
-    wrong = {activation.key for activation in activations.wrong()}
-    roots = first_divergences(list(activations.by_key), wrong.__contains__)
-    suspects = [_root_suspect(evidence, step, activations, root, len(wrong)) for root in roots]
+    roots, num_wrong = first_wrong_activations(evidence, step, activations), len(activations.wrong())
+    suspects = [_root_suspect(evidence, step, activations, root, num_wrong) for root in roots]
     return [*suspects, *_independent(evidence, step, activations, roots)]
 
 
