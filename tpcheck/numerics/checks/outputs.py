@@ -132,14 +132,18 @@ def _root_suspect(
         embedding = None if terms else _embedding_facts(evidence, step, root)
         suspect = replace(suspect, linear=terms, embedding=embedding, computed_alone=alone)
         return suspect if terms else _with_addends(evidence, step, activations, suspect, root)
-    fused = _fused_before(list(activations.by_key.values()), root, scope)
-    if fused is None or _is_read_in_order(evidence, step, activations, fused.key, activation):
+    found = evidence.blocks_read[root] if step == 0 and root in evidence.blocks_read else None
+    if step or root not in evidence.blocks_read:
+        fused = _fused_before(list(activations.by_key.values()), root, scope)
+        if fused is not None and not _is_read_in_order(evidence, step, activations, fused.key, activation):
+            found = fused.key.module, FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
+    if found is None:
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
         suspect = activation_suspect(evidence, step, activation, _CHECK, details, scope)
         return _with_addends(evidence, step, activations, suspect, root)
+    module, blocks = found
     details["note"] = f"its output is right, but {root.module} reads its fused blocks in the wrong order"
-    blocks = FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
-    suspect = activation_suspect(evidence, step, activation, _CHECK, details, fused.key.module)
+    suspect = activation_suspect(evidence, step, activation, _CHECK, details, module)
     return replace(suspect, fused_blocks=blocks)
 
 
