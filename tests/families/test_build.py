@@ -6,7 +6,7 @@ import pytest
 
 from tpcheck.core.errors import UsageError
 from tpcheck.families import known
-from tpcheck.families.build import causal_types, dimensions, small_config, small_model
+from tpcheck.families.build import HEADS, causal_types, dimensions, small_config, small_model, types_of
 from tpcheck.families.rules import OVERRIDES
 
 torch = pytest.importorskip("torch")
@@ -117,7 +117,7 @@ def test_settings_that_cannot_be_built_give_the_family_s_own_reason() -> None:
 
 
 def test_every_override_is_of_a_type_that_transformers_has() -> None:
-    assert set(OVERRIDES) <= set(causal_types())
+    assert set(OVERRIDES) <= {family for head in HEADS for family in types_of(head)}
 
 
 def test_a_role_has_the_names_that_the_family_gives_it() -> None:
@@ -140,3 +140,24 @@ def test_drawn_sizes_reach_the_configuration(family: str) -> None:
     drawn = dimensions(family).settings({"layers": 3, "vocabulary": 33})
     text = small_config(family, drawn).get_text_config()
     assert (text.num_hidden_layers, text.vocab_size) == (3, 33)
+
+
+@pytest.mark.parametrize("family", ["glm4v_moe", "hunyuan_vl", "paddleocr_vl", "granite_docling", "unlimited_ocr"])
+def test_a_multimodal_type_trains_on_text(family: str) -> None:
+    if not any(family in types_of(head) for head in HEADS):
+        pytest.skip("not in this version of transformers")
+    model = small_model(family)
+    tokens_BL = torch.randint(model.config.get_text_config().vocab_size, (2, 16))
+    model(input_ids=tokens_BL, labels=tokens_BL).loss.backward()
+
+
+def test_sections_of_rotary_embeddings_fit_the_heads() -> None:
+    def sections(**settings: object) -> object:
+        config = small_config("qwen2_vl", {f"text_config.{name}": value for name, value in settings.items()})
+        return config.text_config.rope_parameters.get("mrope_section")
+
+    assert sections() == [1, 1, 2]
+    assert sections(num_attention_heads=4) == [2, 2, 4]
+    assert sections(num_attention_heads=16) is None  # two pairs of features
+    assert sections(rope_parameters={"mrope_section": [2, 1, 1]}) == [2, 1, 1]
+    assert sections(rope_parameters={"rope_theta": 1e4}) == [1, 1, 2]

@@ -193,7 +193,8 @@ class Cause(Enum):
         "fused_blocks_interleaved",
         "fused blocks (QKV, gate and up) are cut in one order and read in another",
         "numerics.hypotheses.layout numerics.exact runs.comparing.full_causes",
-        "Gather block by block (Q, K, V; gate, up): split each rank's part into blocks first.",
+        "Cut and gather block by block (Q, K, V; gate, up): each rank holds a part of each block, as `packed_colwise` "
+        "cuts; to gather, split each rank's part into blocks first.",
     )
     WRONG_SHARD_BOUNDARY = (
         "wrong_shard_boundary",

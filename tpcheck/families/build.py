@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Any
 from tpcheck.core.errors import TpcheckError, UsageError
 from tpcheck.core.guides import Guide
 from tpcheck.core.installed_source import keys_of
-from tpcheck.families.rules import OVERRIDES, ROLES, SPECIAL_TOKENS, is_size, layer_count_name, small_settings
+from tpcheck.families.rules import (
+    OVERRIDES,
+    ROLES,
+    SPECIAL_TOKENS,
+    is_size,
+    layer_count_name,
+    rotary_sections,
+    small_settings,
+)
 from tpcheck.families.settings import attributes, canonical, declared, nest, overlay, unknown
 
 if TYPE_CHECKING:
@@ -178,8 +186,22 @@ def _shrink(
             of_sub = (overrides.get(name, {}), wanted.pop(name, {}), (*path, name))
             small[name] = _shrink(type(known[name]), *of_sub, is_decoder=is_decoder)
             fixed.pop(name, None)
-    fixed = {name: overlay({name: known.get(name)}, {name: value})[name] for name, value in fixed.items()}
+    small |= _rotary_sections(default, {**known, **small, **fixed})
+    base = {**known, **small}
+    fixed = {name: overlay({name: base.get(name)}, {name: value})[name] for name, value in fixed.items()}
     return config_class(**small | fixed)
+
+
+def _rotary_sections(default: Any, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return parameters of rotary embeddings whose sections fit the small heads, for a type that has sections."""
+    rope, wanted = attributes(default).get("rope_parameters"), config.get("rope_parameters")
+    if not isinstance(rope, Mapping) or not isinstance(wanted, Mapping):
+        return {}
+    if "mrope_section" not in (*rope, *getattr(default, "ignore_keys_at_rope_validation", ())):
+        return {}
+    whole = overlay(rope, wanted)
+    is_by_layer_type = any(isinstance(value, Mapping) for value in whole.values())  # sections are limits there
+    return {} if is_by_layer_type else {"rope_parameters": {**rope, **rotary_sections(config, whole)}}
 
 
 def _default(config_class: Any, overrides: Mapping[str, Any]) -> Any:

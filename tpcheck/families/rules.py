@@ -58,7 +58,8 @@ _ROLES: tuple[tuple[str, int, str], ...] = (
     ("", WINDOW, "attention_chunk_size chunk_size mamba_chunk_size"),
     ("", 16, "mamba_d_state state_size ssm_state_size mamba_d_head mamba_head_dim mamba_headdim"),
     ("", 16, "hidden_size_per_layer_input block_size query_pre_attn_scalar"),
-    ("", 4, "time_step_rank mamba_dt_rank laurel_rank num_mem_blocks"),
+    ("", 4, "time_step_rank mamba_dt_rank laurel_rank num_mem_blocks index_kpool"),
+    ("", HIDDEN, "out_hidden_size text_hidden_size"),  # of an encoder of images or audio, for the text
 )
 SIZES: dict[str, int] = {name: size for _, size, names in _ROLES for name in names.split()}
 ROLES: dict[str, str] = {name: role for role, _, names in _ROLES for name in names.split() if role}
@@ -102,6 +103,26 @@ def small_settings(
     if "use_cache" in defaults:
         small["use_cache"] = False  # caches of hybrid models need arguments that a training step does not pass
     return small
+
+
+def rotary_sections(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Return three sections of the pairs of features that rotary embeddings turn, for heads of a small size.
+
+    Multimodal types turn a section each by time, height and width. The defaults of the sections fit real heads.
+
+    Args:
+        config: The attributes of the small configuration.
+        rope: Its parameters of rotary embeddings.
+
+    Example:
+        >>> rotary_sections({"hidden_size": 64, "num_attention_heads": 8}, {"rope_type": "default"})
+        {'mrope_section': [1, 1, 2]}
+        >>> rotary_sections({"head_dim": 8}, {"partial_rotary_factor": 0.5})  # fewer pairs than sections
+        {}
+    """
+    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
+    pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    return {"mrope_section": [pairs // 3, pairs // 3, pairs - 2 * (pairs // 3)]} if pairs >= 3 else {}
 
 
 def layers_to_keep(per_layer: Mapping[str, Sequence[Any]], wanted: int | None = None) -> list[int]:
@@ -189,9 +210,15 @@ _QWEN4_EXP = {  # the indexer and the n-gram tables are unset by default
 OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "bamba": {"attn_layer_indices": [1]},  # Mamba layers alone by default
     "big_bird": {"attention_type": "original_full"},  # sparse attention looks at random blocks
+    "cohere_compass": {
+        "text_config": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}}
+    },
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4}}},
     "dbrx": {"attn_config": {"rope_theta": 1e4, "clip_qkv": 8.0}},  # read by the model, absent from its defaults
     "deepseek_v2": {"num_experts_per_tok": 2, "first_k_dense_replace": 1},  # no number of experts by default
+    "deepseek_ocr2": {  # unset by default
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2}
+    },
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots3_note": {
         "text_config": _DOTS3_NOTE,
@@ -212,6 +239,7 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "gemma4_unified": {"text_config": _GEMMA4},
     "gemma4_unified_text": _GEMMA4,
     "git": {"num_image_with_embedding": 0},  # else logits are cut by the tokens of an image that a text has not
+    "glm4v_moe": {"text_config": {"head_dim": 16}},  # half of it is rotated, in three sections
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},  # the per-layer list is derived from it
     "granitemoehybrid": {"layer_types": ["linear_attention", "full_attention"]},  # Mamba layers alone by default
     "jamba": {  # layers follow from periods: Mamba, Mamba with experts, attention, Mamba with experts
@@ -223,6 +251,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
     "lfm2_moe": {"layer_types": ["conv", "full_attention"], "num_dense_layers": 1},  # no layer types by default
     "mamba2": {"head_dim": 16},  # heads make up the expanded width
     "longcat_flash": {"zero_expert_num": 4},
+    "nemotron_h_omni": {"vision_config": {"video_temporal_patch_size": 2}},  # that of the whole, unset by default
+    "paddleocr_vl": {"text_config": {"rope_parameters": {"mrope_section": [1, 1, 2]}}},  # no type says that it has any
     "qwen4_exp": {"text_config": _QWEN4_EXP},
     "qwen4_exp_text": _QWEN4_EXP,
     "recurrent_gemma": {"num_hidden_layers": 3},  # recurrent, recurrent, attention
@@ -235,6 +265,8 @@ OVERRIDES: Mapping[str, Mapping[str, Any]] = {
         "num_buckets": 4,
         "hash_seed": 0,  # else each call hashes by another draw
     },
+    "step3p7": {"text_config": {"sliding_window": 8}},  # unset by default
+    "unlimited_ocr": {"text_config": {"num_key_value_heads": 8}},  # attention does not repeat keys and values
     "xmod": {"default_language": "en_XX"},
     "zamba": {  # attention is twice as wide as the model; two hybrid layers share their weights
         "num_hidden_layers": 4,

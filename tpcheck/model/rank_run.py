@@ -23,6 +23,7 @@ from tpcheck.core.phases import begin_phase
 from tpcheck.model.blame import internal_error, is_of_tpcheck, naming_indivisible_sizes, progress_of
 from tpcheck.model.build import build_model, require_equal_models
 from tpcheck.model.candidate import CandidateStart, shard, train
+from tpcheck.model.fused_reading import find_blocks_read
 from tpcheck.model.implementations import num_compiled_graphs, require_compiled
 from tpcheck.model.initialising import verify_initialisation
 from tpcheck.model.on_shards import steps_on_shards
@@ -185,7 +186,10 @@ def _train_both(
     decayed = None if decayed_by is None else decayed_by(model)
     full = replace(full, on_shards=steps_on_shards(reference.options, full, decayed))
     return replace(
-        full, recomputed=recompute_outputs(model, state, full), computed_alone=compute_alone(model, state, full)
+        full,
+        recomputed=recompute_outputs(model, state, full),
+        computed_alone=compute_alone(model, state, full),
+        blocks_read=find_blocks_read(model, state, full, reference.batches[0][full.dp_rank][0]),
     )
 
 

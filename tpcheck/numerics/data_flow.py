@@ -113,6 +113,16 @@ def consumers(evidence: Evidence, step: int, key: TensorKey) -> tuple[TensorKey,
     return tuple(in_phase(before, "backward") for before in forward)
 
 
+def feeding(evidence: Evidence, step: int, key: TensorKey) -> tuple[TensorKey, ...]:
+    """Return the recorded tensors that `key` is computed from without another between them.
+
+    Backward, the gradients that a gradient is computed from: those of the tensors that are computed from its own.
+    """
+    if key.phase == "forward":
+        return evidence.reference[step].sources.get(key, ())
+    return tuple(in_phase(after, "backward") for after in consumers(evidence, step, in_phase(key, "forward")))
+
+
 def is_inside(module: str, scope: str) -> bool:
     """Return whether `module` is `scope` or one of its submodules."""
     return not scope or module == scope or module.startswith(f"{scope}.")

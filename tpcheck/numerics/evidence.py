@@ -258,6 +258,8 @@ class Evidence:
         forced_on_some: Such inputs, on some ranks alone: nothing is recomputed from them.
         computed_alone: Outputs of leaf modules of the reference on each rank's inputs, with the rank's part of the
             parameters, where the actual ones are wrong in the first step, by tp_rank.
+        blocks_read: Of a wrong input in the first step, the module whose output, right on all ranks, gives it where its
+            fused blocks are read in another order; None where no order does.
         labels: The labels of each step; empty where they cannot be counted.
         on_shards: Each rank's parameters after each step if the optimizer is given shards alone, by step, then by
             tp_rank: what an optimizer whose step on an element depends on the whole matrix must not compute.
@@ -282,6 +284,7 @@ class Evidence:
     lost: tuple[str, ...] = ()
     forced_on_some: frozenset[TensorKey] = frozenset()
     computed_alone: Mapping[TensorKey, tuple[Tensor, ...]] = field(default_factory=dict)
+    blocks_read: Mapping[TensorKey, tuple[str, FusedBlocks] | None] = field(default_factory=dict)
     labels: tuple[LabelCounts, ...] = ()
     on_shards: tuple[tuple[Mapping[str, Tensor], ...], ...] = ()
     clipping: Clipping = NO_CLIPPING

@@ -477,3 +477,43 @@ def test_a_wrong_gradient_that_a_module_receives_is_laid_to_what_stands_behind_i
     assert suspect.evidence["note"] == (
         "the gradients before it agree: wrong is the backward of what stands between block.down and block"
     )
+
+
+def with_head(change: Callable[[torch.Tensor], torch.Tensor], *unseen: str) -> Evidence:
+    """Return evidence of a head behind the block, in which what `block.down` receives backward is wrong.
+
+    Args:
+        change: What the head sends back is this of what it should be.
+        unseen: Gradients that rank 1 has not recorded.
+    """
+    sent = key("head input", "backward")
+    sources = {key("head input"): (key("block output"),), key("block output"): (key("block.down output"),)}
+    reference = RIGHT.reference[0]
+    activations = {sent: reference.activations[key("block output", "backward")], **reference.activations}
+    evidence = replace(RIGHT, reference=(replace(reference, activations=activations, sources=sources),))
+    for rank in (0, 1):
+        seen = {sent: change(activations[sent]), **RIGHT.candidate[0][rank].activations}
+        seen = {each: tensor for each, tensor in seen.items() if each not in [key(name, "backward") for name in unseen]}
+        evidence = with_step(evidence, ranks=[rank], activations=seen)
+    output = key("block.down output", "backward")
+    return with_tensor(evidence, "activations", output, lambda gradient: gradient * 1.5)
+
+
+def test_a_gradient_that_is_not_compared_does_not_agree() -> None:
+    wrong = with_head(lambda gradient: gradient * 1.5, "block output")
+    assert [(each.where["module"], each.where["field"]) for each in suspects(wrong)] == [("head", "input 0")]
+
+
+def test_where_the_nearest_compared_gradients_agree_what_stands_before_them_is_wrong() -> None:
+    (suspect,) = suspects(with_head(lambda gradient: gradient, "block output"))
+    assert suspect.where["field"] == "output 0 of block.down"
+    assert suspect.evidence["note"] == (
+        "the gradients before it agree: wrong is the backward of what stands between block.down and head"
+    )
+
+
+def test_no_gradient_is_said_to_agree_where_none_was_compared() -> None:
+    (suspect,) = suspects(with_head(lambda gradient: gradient, "block output", "head input"))
+    assert suspect.evidence["note"] == (
+        "no gradient before it was compared: wrong is the backward of what stands behind block.down"
+    )

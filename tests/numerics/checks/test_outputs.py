@@ -18,7 +18,7 @@ from tpcheck.core.causes import Cause
 from tpcheck.core.placement import Placement, Replicate, Shard
 from tpcheck.core.topology import Topology
 from tpcheck.numerics.checks.outputs import differs_from_sibling_layers, outputs_match_reference
-from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, TensorKey
+from tpcheck.numerics.evidence import Collective, Evidence, ForcedModules, FusedBlocks, TensorKey
 from tpcheck.numerics.tolerance import Tolerance
 
 RIGHT = right_evidence()
@@ -101,6 +101,20 @@ def test_a_fused_output_that_is_read_in_another_order_is_at_fault() -> None:
     assert suspect.where["module"] == "block.up"
     assert suspect.fused_blocks is not None
     assert suspect.fused_blocks.number == 2
+    assert cause_of(suspect) is Cause.FUSED_BLOCKS_INTERLEAVED
+
+
+def test_what_a_run_of_the_reference_has_shown_of_blocks_goes_first() -> None:
+    read = key("block.down input")
+    suspect, *_ = outputs_match_reference(
+        replace(with_fused_blocks(*right_blocks()), blocks_read={read: None}), 0
+    ).suspects
+    assert (suspect.where["module"], suspect.fused_blocks) == ("block", None)
+    plain = with_tensor(with_output(2.0, 2.0), "activations", read, lambda part: part * 1.5)
+    suspect, *_ = outputs_match_reference(
+        replace(plain, blocks_read={read: ("block.up", FusedBlocks(2, 0.0))}), 0
+    ).suspects
+    assert suspect.where["module"] == "block.up"
     assert cause_of(suspect) is Cause.FUSED_BLOCKS_INTERLEAVED
 
 

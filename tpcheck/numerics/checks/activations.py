@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -15,7 +15,7 @@ from tpcheck.numerics.checks.suspects import compare_parameters
 from tpcheck.numerics.data_flow import (
     collectives_behind,
     consumers,
-    in_phase,
+    feeding,
     is_exchanged_behind,
     is_inside,
     is_result,
@@ -32,6 +32,38 @@ from tpcheck.numerics.differences import (
 )
 from tpcheck.numerics.evidence import Evidence, MarginsByModule, Phase, TensorKey, worst_by_module
 from tpcheck.numerics.tolerance import RESIDUAL_NOISY
+
+
+def first_wrong_activations(evidence: Evidence, step: int, activations: ComparedActivations) -> list[TensorKey]:
+    """Return the wrong activations of a phase that no wrong one feeds, in order.
+
+    What was not compared agrees with nothing: a wrong tensor behind it feeds what is computed from it.
+    """
+    wrong = {activation.key for activation in activations.wrong()}
+
+    def is_fed_by_wrong(root: TensorKey) -> bool:
+        nearest = nearest_compared(evidence, step, feeding(evidence, step, root), activations)
+        return any(each in wrong and each not in evidence.forced_inputs for each in nearest)
+
+    roots = first_divergences(list(activations.by_key), wrong.__contains__)
+    return [root for root in roots if not is_fed_by_wrong(root)]
+
+
+def nearest_compared(
+    evidence: Evidence, step: int, start: Iterable[TensorKey], activations: ComparedActivations
+) -> Iterator[TensorKey]:
+    """Yield those of `start` that were compared, and in place of another the nearest ones that it is computed from."""
+    seen: set[TensorKey] = set()
+    waiting = list(start)
+    while waiting:
+        key = waiting.pop()
+        if key in seen:
+            continue
+        seen.add(key)
+        if key in activations.by_key:
+            yield key
+        else:
+            waiting.extend(feeding(evidence, step, key))
 
 
 def first_divergences(events: Sequence[TensorKey], is_wrong: Callable[[TensorKey], bool]) -> list[TensorKey]:
@@ -330,8 +362,7 @@ def _shows_a_sum(
     key, parts, allowed = result.key, result.placed.parts, result.difference.allowed
     if key.phase == "forward" or not result.placed.is_replicated or len(parts) < 2:
         return False
-    feeding = [in_phase(each, "backward") for each in consumers(evidence, step, in_phase(key, "forward"))]
-    terms = [compared[each].placed.parts for each in feeding if each in compared]
+    terms = [compared[each].placed.parts for each in feeding(evidence, step, key) if each in compared]
     own = [
         reduce(add, of_rank)
         for of_rank in zip(*terms, strict=True)

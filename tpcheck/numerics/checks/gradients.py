@@ -13,7 +13,8 @@ from tpcheck.numerics.checks.activations import (
     ComparedActivation,
     ComparedActivations,
     compare_activations,
-    first_divergences,
+    first_wrong_activations,
+    nearest_compared,
     recorded_by_rank,
     scope_of,
 )
@@ -31,7 +32,7 @@ from tpcheck.numerics.checks.suspects import (
     parameter_suspect,
     tensor_suspect,
 )
-from tpcheck.numerics.data_flow import consumers, in_phase, is_exchanged_behind, is_inside, is_result
+from tpcheck.numerics.data_flow import consumers, feeding, in_phase, is_exchanged_behind, is_inside, is_result
 from tpcheck.numerics.differences import (
     distance_of_terms,
     frobenius,
@@ -120,7 +121,7 @@ def _suspects(
         return []
     if compare_activations(evidence, step, "forward").wrong():  # which makes every gradient wrong
         return list(_unlike_recomputed(evidence, step, backward, wrong, known=()))
-    roots = first_divergences(list(backward.by_key), wrong_activations.__contains__)
+    roots = first_wrong_activations(evidence, step, backward)
     wrong_downstream = {key.module for key in wrong_activations if key.role == "output"}
     first_wrong, consequences = [], []
     for parameter in wrong:
@@ -154,18 +155,8 @@ def _compared_behind(
     Hand-written code takes weights without calling their module: what such a module returns is not recorded on the
     ranks, and what is computed from it stands for it.
     """
-    seen: set[TensorKey] = set()
-    waiting = list(evidence.reference[step].uses.get(parameter.name, ()))
-    while waiting:
-        forward = waiting.pop()
-        if forward in seen:
-            continue
-        seen.add(forward)
-        gradient = in_phase(forward, "backward")
-        if gradient in backward.by_key:
-            yield gradient
-        else:
-            waiting.extend(consumers(evidence, step, forward))
+    uses = evidence.reference[step].uses.get(parameter.name, ())
+    return nearest_compared(evidence, step, (in_phase(use, "backward") for use in uses), backward)
 
 
 def _consequences(evidence: Evidence, step: int, parameters: Mapping[str, ComparedParameter]) -> list[Suspect]:
@@ -185,7 +176,7 @@ def _activation_suspect(
     activation = backward.by_key[root]
     terms = recompute_input_gradient(evidence, step, root, activation.difference.allowed)
     if not is_result(root):
-        details = {**details, "note": _what_is_wrong(evidence, step, root)}
+        details = {**details, "note": _what_is_wrong(evidence, step, root, backward)}
     facts, lost = backward_facts(evidence, step, root, activation.placed), _lost_term(evidence, step, root)
     if lost is not None:
         term, tp_ranks = lost
@@ -221,12 +212,14 @@ def _lost_term(evidence: Evidence, step: int, root: TensorKey) -> tuple[TensorKe
     return None
 
 
-def _what_is_wrong(evidence: Evidence, step: int, root: TensorKey) -> str:
+def _what_is_wrong(evidence: Evidence, step: int, root: TensorKey, backward: ComparedActivations) -> str:
     """Return what is behind a wrong gradient that a module receives: the backward of what its output goes through."""
-    after = consumers(evidence, step, in_phase(root, "forward"))
-    names = dict.fromkeys(each.module or "the loss" for each in after)
+    before = feeding(evidence, step, root)
+    compared = list(nearest_compared(evidence, step, before, backward))
+    names = dict.fromkeys(each.module or "the loss" for each in compared)
     behind = f"between {root.module or 'the model'} and {', '.join(names)}" if names else f"behind {root.module}"
-    return f"the gradients before it agree: wrong is the backward of what stands {behind}"
+    agree = "the gradients before it agree" if names or not before else "no gradient before it was compared"
+    return f"{agree}: wrong is the backward of what stands {behind}"
 
 
 def _missing_suspect(

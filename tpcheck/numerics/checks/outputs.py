@@ -18,7 +18,7 @@ from tpcheck.numerics.checks.activations import (
     ComparedActivation,
     ComparedActivations,
     compare_activations,
-    first_divergences,
+    first_wrong_activations,
     scope_of,
 )
 from tpcheck.numerics.checks.recompute import (
@@ -74,9 +74,8 @@ def outputs_match_reference(evidence: Evidence, step: int) -> CheckOutcome:
 
 
 def _suspects(evidence: Evidence, step: int, activations: ComparedActivations) -> list[Suspect]:
-    wrong = {activation.key for activation in activations.wrong()}
-    roots = first_divergences(list(activations.by_key), wrong.__contains__)
-    suspects = [_root_suspect(evidence, step, activations, root, len(wrong)) for root in roots]
+    roots, num_wrong = first_wrong_activations(evidence, step, activations), len(activations.wrong())
+    suspects = [_root_suspect(evidence, step, activations, root, num_wrong) for root in roots]
     return [*suspects, *_independent(evidence, step, activations, roots)]
 
 
@@ -133,14 +132,18 @@ def _root_suspect(
         embedding = None if terms else _embedding_facts(evidence, step, root)
         suspect = replace(suspect, linear=terms, embedding=embedding, computed_alone=alone)
         return suspect if terms else _with_addends(evidence, step, activations, suspect, root)
-    fused = _fused_before(list(activations.by_key.values()), root, scope)
-    if fused is None or _is_read_in_order(evidence, step, activations, fused.key, activation):
+    found = evidence.blocks_read[root] if step == 0 and root in evidence.blocks_read else None
+    if step or root not in evidence.blocks_read:
+        fused = _fused_before(list(activations.by_key.values()), root, scope)
+        if fused is not None and not _is_read_in_order(evidence, step, activations, fused.key, activation):
+            found = fused.key.module, FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
+    if found is None:
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
         suspect = activation_suspect(evidence, step, activation, _CHECK, details, scope)
         return _with_addends(evidence, step, activations, suspect, root)
+    module, blocks = found
     details["note"] = f"its output is right, but {root.module} reads its fused blocks in the wrong order"
-    blocks = FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
-    suspect = activation_suspect(evidence, step, activation, _CHECK, details, fused.key.module)
+    suspect = activation_suspect(evidence, step, activation, _CHECK, details, module)
     return replace(suspect, fused_blocks=blocks)
 
 
