@@ -46,7 +46,7 @@ def first_wrong_activations(evidence: Evidence, step: int, activations: Compared
         return any(each in wrong and each not in evidence.forced_inputs for each in nearest)
 
     roots = first_divergences(list(activations.by_key), wrong.__contains__)
-    return [root for root in roots if not is_fed_by_wrong(root)]
+    return [root for root in roots if not is_fed_by_wrong(root)] or roots
 
 
 def nearest_compared(
