@@ -187,7 +187,7 @@ def weights_are_masters(context: StepContext) -> Answer:
     """
     around, readings = context.around, context.comparer.readings
     margins: dict[str, float] = {}
-    stale: dict[str, float] = {}
+    stale: dict[str, Explanation | None] = {}
     for name in dict.fromkeys(key[1] for key in around.actual_after if key[0] == "master"):
         label, label_e = readings.get(name, ("", ""))
         found = distance_from_masters(around.actual_after, name, label)
@@ -198,14 +198,13 @@ def weights_are_masters(context: StepContext) -> Answer:
             continue
         margins[f"{name} and its master"] = gap / allowed
         if gap > allowed:
-            stale[name] = gap
+            stale[name] = stale_masters(around.actual_after, name, label)
     if not stale:
         return Answer(STATES, context.number, margins)
     first, *others = stale
     where = {"phase": "update", "step": context.number, "parameter": first, "ranks": list(context.run.members)}
-    explanation = Explanation(Cause.MASTERS_STALE, evidence={"masters_and_weights_differ_by": stale[first]})
     evidence = {"also": others, "first_of": len(stale)}
     counted = ("parameter", "is not its master, rounded", "are not their masters, rounded")
     return Answer(
-        STATES, context.number, margins, (exact_finding(STATES, where, len(stale), counted, explanation, evidence),)
+        STATES, context.number, margins, (exact_finding(STATES, where, len(stale), counted, stale[first], evidence),)
     )
