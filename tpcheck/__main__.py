@@ -31,6 +31,8 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(130)  # as cli.terminal.INTERRUPTED, which may not be imported yet
     finally:
+        if signal.getsignal(signal.SIGTERM) is terminate:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # what is left to end does so by itself
         if terminated:
             sys.exit(128 + signal.SIGTERM)
 

@@ -86,7 +86,7 @@ def test_results_replace_results_and_no_other_file(tmp_path: Path) -> None:
         assert writable("json", path) == path
     path.write_text('{"bf16": {"enabled": true}}')
     for option in ("json", "html", "junit"):
-        with pytest.raises(UsageError, match="expected a new file, or one that tpcheck has written"):
+        with pytest.raises(UsageError, match="expected a new file, or one of results"):
             writable(option, path)
 
 

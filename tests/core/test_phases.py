@@ -44,11 +44,26 @@ def test_ranks_report_nothing_where_nobody_listens() -> None:
         assert environment == {}
 
 
-def test_a_process_that_is_killed_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_file_of_phases_has_no_name_that_a_killed_process_could_leave(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with listening(print), phases_of_ranks() as environment:
-        [path] = environment.values()
-        assert Path(path).exists()
+        [place] = environment.values()
+        path = Path(place.rpartition(":")[0])
+        assert path.exists()
         if Path("/proc/self/fd").is_dir():
             assert not list(tmp_path.iterdir())
-    assert not Path(path).exists()
+    assert not path.exists()
+
+
+def test_a_late_rank_writes_to_no_file_that_has_taken_the_place(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with listening(print), phases_of_ranks() as environment:
+        [(name, place)] = environment.items()
+    other = tmp_path / "other"
+    other.touch()
+    monkeypatch.setenv(name, f"{other}:{place.rpartition(':')[2]}")
+    begin_phase("training")
+    assert other.read_text() == ""

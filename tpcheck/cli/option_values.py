@@ -102,7 +102,7 @@ def writable(name: str, path: Path | None) -> Path | None:
     if path.is_dir() or not path.absolute().parent.is_dir():
         raise UsageError(name, str(path), "a file in a folder that exists")
     if name in _MARKS and path.is_file() and _holds_something_else(path, _MARKS[name]):
-        raise UsageError(name, str(path), "a new file, or one that tpcheck has written: this one holds something else")
+        raise UsageError(name, str(path), "a new file, or one of results: this one holds something else")
     try:
         if is_special(path):
             path.open("w").close()

@@ -73,7 +73,7 @@ def ignored_keys(config: Mapping[str, Any]) -> dict[str, str]:
         >>> ignored_keys({"gradient_cliping": 0, "bf16": {}, "_why": "ours"})
         {'gradient_cliping': 'gradient_clipping', '_why': ''}
     """
-    unknown = [key for key in config if key not in KNOWN_KEYS]
+    unknown = [str(key) for key in config if key not in KNOWN_KEYS]
     return {key: next(iter(get_close_matches(key, KNOWN_KEYS, n=1, cutoff=0.7)), "") for key in unknown}
 
 

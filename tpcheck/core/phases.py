@@ -6,7 +6,7 @@ import os
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from pathlib import Path
 from typing import IO
@@ -31,15 +31,18 @@ def begin_phase(text: str, rank: int = 0) -> None:
     """Report what this process does next; of the ranks of a world the first one does."""
     if rank:
         return
-    listener, path = _LISTENER.get(), os.environ.get(_VARIABLE)
+    listener, place = _LISTENER.get(), os.environ.get(_VARIABLE)
     if listener is not None:
         listener(text)
-    elif path is not None:
-        try:
-            with Path(path).open("a", encoding="utf-8", errors="backslashreplace") as file:
-                file.write(f"{text}\n")
-        except OSError:  # a full disk, say: nothing depends on it
-            pass
+    elif place is not None:
+        path, _, identity = place.rpartition(":")
+        with suppress(OSError):  # a full disk, say: nothing depends on it
+            descriptor = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK)
+            try:
+                if _identity(descriptor) == identity:  # else the file is gone, and its descriptor is another's
+                    os.write(descriptor, f"{text}\n".encode(errors="backslashreplace"))
+            finally:
+                os.close(descriptor)
 
 
 @contextmanager
@@ -49,12 +52,12 @@ def phases_of_ranks() -> Iterator[Mapping[str, str]]:
     if listener is None:
         yield {}
         return
-    with _open_file() as (file, path):
+    with _open_file() as (file, place):
         has_ended = threading.Event()
         reader = threading.Thread(target=_pass_on, args=(file, listener, has_ended), daemon=True)
         reader.start()
         try:
-            yield {_VARIABLE: path}
+            yield {_VARIABLE: place}
         finally:
             has_ended.set()
             reader.join()
@@ -62,14 +65,29 @@ def phases_of_ranks() -> Iterator[Mapping[str, str]]:
 
 @contextmanager
 def _open_file() -> Iterator[tuple[IO[str], str]]:
-    """Yield a temporary file, and the path by which other processes open it.
+    """Yield a temporary file, and the path by which other processes open it with what tells it from others.
 
     Where there is /proc it has no name elsewhere, so that a process that is killed leaves nothing.
     """
-    has_proc = Path("/proc/self/fd").is_dir()
-    make = tempfile.TemporaryFile if has_proc else tempfile.NamedTemporaryFile
-    with make("w+", encoding="utf-8", errors="backslashreplace") as file:
-        yield file, f"/proc/{os.getpid()}/fd/{file.fileno()}" if has_proc else str(file.name)
+    with ExitStack() as stack:
+        file: IO[str] = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8"))
+        path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+        if not _is_at(path, file.fileno()):
+            named = stack.enter_context(tempfile.NamedTemporaryFile("w+", encoding="utf-8"))
+            file, path = named, named.name
+        yield file, f"{path}:{_identity(file.fileno())}"
+
+
+def _is_at(path: str, descriptor: int) -> bool:
+    with suppress(OSError):
+        return os.path.samestat(Path(path).stat(), os.fstat(descriptor))
+    return False
+
+
+def _identity(descriptor: int) -> str:
+    """Return what tells an open file from every other."""
+    status = os.fstat(descriptor)
+    return f"{status.st_dev}.{status.st_ino}"
 
 
 def _pass_on(file: IO[str], listener: _Listener, has_ended: threading.Event) -> None:

@@ -201,7 +201,7 @@ def _rotary_sections(default: Any, config: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     whole = overlay(rope, wanted)
     is_by_layer_type = any(isinstance(value, Mapping) for value in whole.values())  # sections are limits there
-    return {} if is_by_layer_type else {"rope_parameters": {**rope, **rotary_sections(config, whole)}}
+    return {} if is_by_layer_type else {"rope_parameters": {**whole, **rotary_sections(config, whole)}}
 
 
 def _default(config_class: Any, overrides: Mapping[str, Any]) -> Any:

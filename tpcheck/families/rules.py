@@ -120,8 +120,8 @@ def rotary_sections(config: Mapping[str, Any], rope: Mapping[str, Any]) -> dict[
         >>> rotary_sections({"head_dim": 8}, {"partial_rotary_factor": 0.5})  # fewer pairs than sections
         {}
     """
-    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // config.get("num_attention_heads", 1)
-    pairs = int(head_dim * rope.get("partial_rotary_factor", 1.0)) // 2
+    head_dim = config.get("head_dim") or config.get("hidden_size", 0) // (config.get("num_attention_heads") or 1)
+    pairs = int(head_dim * (rope.get("partial_rotary_factor") or 1.0)) // 2
     return {"mrope_section": [pairs // 3, pairs // 3, pairs - 2 * (pairs // 3)]} if pairs >= 3 else {}
 
 

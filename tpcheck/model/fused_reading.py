@@ -101,10 +101,14 @@ def _rerun(
 ) -> torch.Tensor | None:
     """Return the input `read` of the reference where it is given this value for an output; None where it cannot run."""
     modules = dict(model.named_modules())
+    if fused.module not in modules or read.module not in modules:
+        return None
     inputs: dict[str, torch.Tensor] = {}
 
-    def replaced(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        return value.clone() if isinstance(output, torch.Tensor) else output
+    def replaced(module: nn.Module, args: tuple[Any, ...], output: Any) -> torch.Tensor:
+        if not isinstance(output, torch.Tensor):
+            raise TypeError(f"{fused.module} returns {type(output).__name__}")
+        return value.clone()
 
     def reached(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs.update(named_tensors((*args, kwargs) if kwargs else args))

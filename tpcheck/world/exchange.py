@@ -535,8 +535,8 @@ class Exchange:
         except PeerLost as error:
             self._fail(error, missing=(error.rank,))
         except PeersSilent as error:
-            suspended = set(error.ranks) & set(self.suspended_ranks())  # which others may be waiting for elsewhere
-            self._fail(error, missing=tuple(suspended) or error.ranks)
+            suspended = sorted({*error.ranks} & {*self.suspended_ranks()})  # which others may be waiting for elsewhere
+            self._fail(error, missing=suspended or error.ranks)
         except PeerAborted as abort:
             self._raise_abort(abort)
         return tuple([by_peer.get(rank, message) for rank in self.ranks])
@@ -618,14 +618,15 @@ class Exchange:
                 present = [rank for rank in missing if self._store.check([f"here/{rank}"])]
                 timed_out = timed_out or any(self._store.get(f"here/{rank}").decode() == _TIMED_OUT for rank in present)
                 missing = [rank for rank in missing if rank not in present]
+                self._raise_if_any_aborted()
                 time.sleep(0.02)
             absent = [rank for rank in missing if not self._waits(rank)]
             return (absent if timed_out and absent else missing), timed_out
-        return [rank for rank in self.ranks if rank == self._store_host != self._rank], timed_out
+        return [rank for rank in missing if rank == self._store_host != self._rank], timed_out
 
     def _waits(self, rank: int) -> bool:
         key = f"waits/{rank}"
-        return self._store.check([key]) and self._store.get(key).decode() == str(self._num_over_gloo)
+        return self._store.check([key]) and int(self._store.get(key)) >= self._num_over_gloo  # who sends may go on
 
 
 class BoundedStore:

@@ -463,6 +463,7 @@ def _is_reduced(evidence: Evidence, parameter: ComparedParameter, recomputed: Se
     """Return whether the ranks' own gradients of a whole weight differ, and every rank has the sum or the mean of them.
 
     They are terms, or differ because of an earlier mistake: gradients of whole weights may be averaged over all ranks.
+    Behind such a mistake, terms that are averaged in place of summed are not seen.
     """
     allowed, first = RECOMPUTED_FACTOR * parameter.difference.allowed, recomputed[0]
     if not evidence.layouts[parameter.name].is_replicated:

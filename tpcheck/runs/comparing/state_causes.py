@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from math import sqrt
+from math import hypot, sqrt
 
 from tpcheck.core.causes import Cause, Explanation
-from tpcheck.numerics.sketch import Sketch, distance
+from tpcheck.numerics.sketch import FLOAT32_ROUNDING, Sketch, distance
 from tpcheck.numerics.tolerance import LEAST_MULTIPLES, RESIDUAL_EXACT
 from tpcheck.runs.comparing.alignment import AlignedStep, Run
 from tpcheck.runs.comparing.comparisons import Comparer, Table, relative
@@ -37,8 +37,20 @@ def distance_from_masters(table: Table, name: str, label: str) -> tuple[float, f
     dtype = next(iter(weights.values())).dtype
     norm = sqrt(whole_master.sum_squares)
     of_tiny = spacing_of_subnormals(dtype) * sqrt(whole_master.numel) / norm
-    allowed = max(epsilon(dtype), epsilon("float32")) + of_tiny
+    of_sketches = sqrt(2) * FLOAT32_ROUNDING
+    allowed = hypot(max(epsilon(dtype), epsilon("float32")), of_tiny, of_sketches)
     return relative(distance(whole_master, whole_weight), norm), allowed
+
+
+def has_unlike_replicas(table: Table, name: str, label: str) -> bool:
+    """Return whether ranks hold other bits of one piece of a parameter's weights or masters."""
+    bits: dict[tuple[str, str], set[str]] = {}
+    for key, records in table.items():
+        if key[0] in ("weight", "master") and key[1] == name:
+            for record in records.values():
+                if (reading := reading_of(record, label)) is not None:
+                    bits.setdefault((key[0], reading.piece), set()).add(record.digest)
+    return any(len(digests) > 1 for digests in bits.values())
 
 
 def replaced_state(comparer: Comparer, step: AlignedStep, around: BeforeAndAfter, name: str) -> Explanation | None:

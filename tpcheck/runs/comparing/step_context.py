@@ -178,7 +178,7 @@ class StepContext:
         of_actual = max(variant.sketch.nonfinite for variant in comparison.actual.variants)
         if number <= of_actual:
             return None
-        took = "" if any(step.has_update for step in self.step.expected.values()) else ", and it skipped the step"
+        took = ", and it skipped the step" if all(step.is_skipped for step in self.step.expected.values()) else ""
         return f"{number} elements of the expected run's are not finite{took}; {of_actual} of the actual run's"
 
     def _ones(self, comparison: Comparison) -> Sketch | None:

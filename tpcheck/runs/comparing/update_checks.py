@@ -22,7 +22,12 @@ from tpcheck.runs.comparing.exact_checks import (
 from tpcheck.runs.comparing.full_tensors import explain_in_full
 from tpcheck.runs.comparing.run_findings import STATES, UPDATES, Answer, exact_finding, finding_at, joined
 from tpcheck.runs.comparing.sketch_causes import explain, sees_one_shard, share_of
-from tpcheck.runs.comparing.state_causes import distance_from_masters, replaced_state, stale_masters
+from tpcheck.runs.comparing.state_causes import (
+    distance_from_masters,
+    has_unlike_replicas,
+    replaced_state,
+    stale_masters,
+)
 from tpcheck.runs.comparing.step_context import StepContext, judge
 from tpcheck.runs.trace.wholes import sketch_of_whole
 
@@ -183,7 +188,7 @@ def weights_are_masters(context: StepContext) -> Answer:
     """Compare the actual run's weights with its own masters after the step: a weight is its master, rounded.
 
     What changes masters behind a step shows in the weights only after the next one. What the expected run does, too, is
-    not asked for.
+    not asked for, nor what differs between replicas, which is a finding by itself.
     """
     around, readings = context.around, context.comparer.readings
     margins: dict[str, float] = {}
@@ -191,7 +196,7 @@ def weights_are_masters(context: StepContext) -> Answer:
     for name in dict.fromkeys(key[1] for key in around.actual_after if key[0] == "master"):
         label, label_e = readings.get(name, ("", ""))
         found = distance_from_masters(around.actual_after, name, label)
-        if found is None or not isfinite(found[0]):
+        if found is None or not isfinite(found[0]) or has_unlike_replicas(around.actual_after, name, label):
             continue
         gap, allowed = found
         if gap > allowed and stale_masters(around.expected_after, name, label_e) is not None:
@@ -202,7 +207,7 @@ def weights_are_masters(context: StepContext) -> Answer:
     if not stale:
         return Answer(STATES, context.number, margins)
     first, *others = stale
-    where = {"phase": "update", "step": context.number, "parameter": first, "ranks": list(context.run.members)}
+    where = {"phase": "update", "step": context.number, "parameter": first}
     evidence = {"also": others, "first_of": len(stale)}
     counted = ("parameter", "is not its master, rounded", "are not their masters, rounded")
     return Answer(
