@@ -975,6 +975,18 @@ def test_masters_that_a_step_leaves_apart_from_the_weights_are_stale_in_that_ste
     assert finding.cause == "masters_stale"
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_master_of_one_replica_is_not_told_as_stale_on_all(rank: int) -> None:
+    def older(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return local * 1.03 if (place.kind, place.step, place.name) == ("master", 0, UP) else local
+
+    def of_rank(place: Place, local: torch.Tensor) -> torch.Tensor:
+        return older(place, local) if place.rank == rank else local
+
+    report = compared(run(dp=2, masters=True, edit=of_rank), run(rounding=1.0))
+    assert [(each.check, each.cause) for each in report.findings] == [("replicas_agree", "replica_drift")]
+
+
 def test_a_gradient_that_is_infinite_in_the_expected_run_alone_is_said_to_be() -> None:
     def overflowing(place: Place, local: torch.Tensor) -> torch.Tensor:
         return local * inf if (place.kind, place.step, place.name) == ("gradient", 0, UP) else local

@@ -141,6 +141,21 @@ def test_a_rank_that_comes_late_is_not_taken_for_one_that_never_comes(over: str,
     assert late.startswith(f"{named} of TP group (0, 1, 2) "), late
 
 
+def test_a_roll_call_ends_with_the_failure_that_another_rank_names(four: World) -> None:
+    def communicate(rank: Rank) -> str:
+        exchange = create_exchange(rank, over="gloo")
+        if rank.rank == 0:
+            time.sleep(0.3)
+            exchange.abort(RankFailure("rank 3 died", first=3, outcomes=()))
+        if rank.rank != 1:
+            return ""
+        with pytest.raises(RankFailure) as caught:
+            exchange._fail(RuntimeError("Connection closed by peer"))
+        return str(caught.value)
+
+    assert four.run(communicate)[1] == "rank 3 died"
+
+
 def test_a_rank_that_never_comes_is_named_once_the_others_have_waited() -> None:
     def connect_without_rank_2(rank: Rank) -> str:
         if rank.rank == 2:

@@ -70,7 +70,7 @@ def ignored_keys(config: Mapping[str, Any]) -> dict[str, str]:
     """Return the keys that DeepSpeed does not read at the top of a configuration, with the nearest that it does.
 
     Example:
-        >>> ignored_keys({"gradient_cliping": 0, "bf16": {}, "_why": "ours"})
+        >>> ignored_keys({"gradient_cliping": 0, "bf16": {}, "_why": "tuned"})
         {'gradient_cliping': 'gradient_clipping', '_why': ''}
     """
     unknown = [str(key) for key in config if key not in KNOWN_KEYS]

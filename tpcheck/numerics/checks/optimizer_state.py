@@ -55,11 +55,9 @@ def _suspect(evidence: Evidence, step: int, state: str, compared: ComparedParame
     where = {"phase": "update", "step": step}
     kind: Kind = "master" if state == "master" else "state"  # a weight that is a multiple is so by chance
     suspect = parameter_suspect(evidence, compared, check=_CHECK, kind=kind, where=where, details=details)
-    return (
-        replace(suspect, step=StepFacts(before=_masters_before(evidence, step, compared)))
-        if state == "master"
-        else suspect
-    )
+    if state != "master":
+        return suspect
+    return replace(suspect, step=StepFacts(before=_masters_before(evidence, step, compared)))
 
 
 def _masters_before(evidence: Evidence, step: int, compared: ComparedParameter) -> tuple[torch.Tensor, ...]:

@@ -132,11 +132,7 @@ def _root_suspect(
         embedding = None if terms else _embedding_facts(evidence, step, root)
         suspect = replace(suspect, linear=terms, embedding=embedding, computed_alone=alone)
         return suspect if terms else _with_addends(evidence, step, activations, suspect, root)
-    found = evidence.blocks_read[root] if step == 0 and root in evidence.blocks_read else None
-    if step or root not in evidence.blocks_read:
-        fused = _fused_before(list(activations.by_key.values()), root, scope)
-        if fused is not None and not _is_read_in_order(evidence, step, activations, fused.key, activation):
-            found = fused.key.module, FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
+    found = _blocks_read_wrongly(evidence, step, activations, activation, scope)
     if found is None:
         details["note"] = f"the input of {root.module} is wrong although everything before it agrees"
         suspect = activation_suspect(evidence, step, activation, _CHECK, details, scope)
@@ -171,6 +167,18 @@ def _with_addends(
     }
     has_cut_matrices = any(len(layout.shape) > 1 and not layout.is_replicated for layout in layouts.values())
     return replace(suspect, has_cut_matrices=has_cut_matrices, addends={**vectors, **residuals, **both})
+
+
+def _blocks_read_wrongly(
+    evidence: Evidence, step: int, activations: ComparedActivations, wrong: ComparedActivation, scope: str
+) -> tuple[str, FusedBlocks] | None:
+    """Return the module whose fused blocks a wrong input is read from in another order; None where it is not."""
+    if step == 0 and wrong.key in evidence.blocks_read:
+        return evidence.blocks_read[wrong.key]
+    fused = _fused_before(list(activations.by_key.values()), wrong.key, scope)
+    if fused is None or _is_read_in_order(evidence, step, activations, fused.key, wrong):
+        return None
+    return fused.key.module, FusedBlocks(fused.placed.num_blocks, fused.difference.relative)
 
 
 def _is_read_in_order(

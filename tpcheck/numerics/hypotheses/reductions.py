@@ -266,9 +266,8 @@ def _beside(
     tp, terms = len(parts), [part - addend for part in parts]
     is_bias = addend.dim() == 1
     addend_cause = Cause.BIAS_ADDED_PER_RANK if is_bias else Cause.DUPLICATE_REDUCE
-    are_terms = (
-        sum(bool((term.abs() > suspect.allowed_error).any()) for term in terms) > 1
-    )  # else one has the whole sum
+    has_term = [bool((term.abs() > suspect.allowed_error).any()) for term in terms]
+    are_terms = sum(has_term) > 1  # else one has the whole sum
     mistakes: list[tuple[Cause, list[torch.Tensor], dict[str, object]]] = [
         (Cause.MEAN_INSTEAD_OF_SUM, [term * tp + addend for term in terms], {}),
         *([(Cause.MISSING_REDUCE, [sum(terms[1:], parts[0])], {})] if are_terms else []),

@@ -11,7 +11,10 @@ from tpcheck.numerics.tolerance import LEAST_MULTIPLES, RESIDUAL_EXACT
 from tpcheck.runs.comparing.alignment import AlignedStep, Run
 from tpcheck.runs.comparing.comparisons import Comparer, Table, relative
 from tpcheck.runs.comparing.exact_checks import BeforeAndAfter, options_of
+from tpcheck.runs.trace.records import Kind
 from tpcheck.runs.trace.wholes import epsilon, reading_of, sketch_of_whole, spacing_of_subnormals
+
+_OF_WEIGHTS: tuple[Kind, Kind] = ("master", "weight")
 
 
 def stale_masters(table: Table, name: str, label: str) -> Explanation | None:
@@ -27,8 +30,7 @@ def distance_from_masters(table: Table, name: str, label: str) -> tuple[float, f
 
     Both relative to the masters' norm; None where not both are whole.
     """
-    masters = next((records for key, records in table.items() if key[:2] == ("master", name)), {})
-    weights = table.get(("weight", name, "", 0), {})
+    masters, weights = (table.get((kind, name, "", 0), {}) for kind in _OF_WEIGHTS)
     whole_master, whole_weight = sketch_of_whole(masters, label), sketch_of_whole(weights, label)
     if whole_master is None or whole_weight is None:
         return None
@@ -45,11 +47,10 @@ def distance_from_masters(table: Table, name: str, label: str) -> tuple[float, f
 def has_unlike_replicas(table: Table, name: str, label: str) -> bool:
     """Return whether ranks hold other bits of one piece of a parameter's weights or masters."""
     bits: dict[tuple[str, str], set[str]] = {}
-    for key, records in table.items():
-        if key[0] in ("weight", "master") and key[1] == name:
-            for record in records.values():
-                if (reading := reading_of(record, label)) is not None:
-                    bits.setdefault((key[0], reading.piece), set()).add(record.digest)
+    for kind in _OF_WEIGHTS:
+        for record in table.get((kind, name, "", 0), {}).values():
+            if (reading := reading_of(record, label)) is not None:
+                bits.setdefault((kind, reading.piece), set()).add(record.digest)
     return any(len(digests) > 1 for digests in bits.values())
 
 

@@ -199,11 +199,11 @@ def weights_are_masters(context: StepContext) -> Answer:
         if found is None or not isfinite(found[0]) or has_unlike_replicas(around.actual_after, name, label):
             continue
         gap, allowed = found
-        if gap > allowed and stale_masters(around.expected_after, name, label_e) is not None:
-            continue
-        margins[f"{name} and its master"] = gap / allowed
         if gap > allowed:
+            if stale_masters(around.expected_after, name, label_e) is not None:
+                continue
             stale[name] = stale_masters(around.actual_after, name, label)
+        margins[f"{name} and its master"] = gap / allowed
     if not stale:
         return Answer(STATES, context.number, margins)
     first, *others = stale
