@@ -42,6 +42,13 @@ def test_replays_of_zero_3_are_refused_in_a_sentence(runner: LoopRunner, tmp_pat
     assert reason.startswith("ZeRO 3 gathers parameters only inside its own hooks: record the run that this one")
 
 
+def test_the_calls_of_a_step_that_an_engine_skips_are_a_step_by_themselves(runner: LoopRunner, tmp_path: Path) -> None:
+    options = (("dtype", torch.float16), ("zero", 1), ("scale_power", 30), ("steps", 2))
+    runner.run(Side(DeepSpeed, TP2, options), tmp_path / "run.trace")
+    steps = read_trace(tmp_path / "run.trace")[0].steps
+    assert [(len(step.passes), step.is_skipped) for step in steps] == [(1, True), (1, True)]
+
+
 def test_replays_leave_the_gradients_of_fsdp_to_the_loop(runner: LoopRunner, tmp_path: Path) -> None:
     loop = Side(SyncsAtTheLast, DP2, (("steps", 1), ("accumulate", 2)), (("replays", 2),))
     weights, recorded = runner.run(loop, None)[0], runner.run(loop, tmp_path / "run.trace")[0]
